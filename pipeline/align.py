@@ -1,0 +1,119 @@
+"""The alignment guard: proof, before the first step, that student and teacher speak of the same tokens.
+
+In: the stored answers, the config, the base model. Out: nothing, or a `ValueError` that shows where they differ.
+A student trained on shifted or foreign targets has a normal loss curve, so this is checked and not hoped for.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.base_model import BaseModel
+from pipeline.batch import AnswerData, Sample, pack, rows_in_order, samples_of, topk_of
+from pipeline.config import Config
+from pipeline.engine import load_tokenizer, render_chat
+from pipeline.loss import Labels
+from pipeline.prompts import student_chat, teacher_chat
+from pipeline.schema import ANSWER, PASSAGE, QUESTION
+from pipeline.store import Stage
+from pipeline.student import Student, add_adapter, load_base
+
+NUM_CHECKED = 16
+# bf16 logits of size 20 differ by up to 0.06 between two implementations; a wrong template moves the mean by whole nats.
+MAX_MEAN_DIFFERENCE = 0.2
+
+
+def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
+    """Raise ValueError unless this base model wrote the answers; return what the two share."""
+    wrote, trains = answers["settings"]["model"], base.identity()
+    for name, value in trains.items():
+        if wrote[name] != value:
+            raise ValueError(
+                f"the answers were written by another teacher: {name} was {wrote[name]}, that of model.path = "
+                f"{base.path!r} is {value}; train the model that wrote them, or write the answers anew"
+            )
+    return trains
+
+
+class TeacherPrompts:
+    """The teacher's prompts of given answers, rendered from the stored passages and questions."""
+
+    def __init__(self, config: Config) -> None:
+        self.tokenizer = load_tokenizer(config.model.path)
+        passages, questions = Stage(config.run_dir, "chunk", PASSAGE), Stage(config.run_dir, "question", QUESTION)
+        self._passages = {
+            row["passage_id"]: row for shard in passages.shards() for row in passages.read_shard(shard).to_pylist()
+        }
+        self._questions = {
+            row["question_id"]: row["text"]
+            for shard in questions.shards()
+            for row in questions.read_shard(shard).to_pylist()
+        }
+
+    def of(self, answers: pa.Table) -> list[np.ndarray]:
+        prompts = []
+        for row in answers.select(["passage_id", "question_id"]).to_pylist():
+            passage = self._passages[row["passage_id"]]
+            chat = teacher_chat(passage["text"], passage["heading"], self._questions[row["question_id"]])
+            prompts.append(np.asarray(render_chat(self.tokenizer, chat)))
+        return prompts
+
+    def student_prompts(self, answers: pa.Table) -> list[list[int]]:
+        return [
+            render_chat(self.tokenizer, student_chat(self._questions[question_id]))
+            for question_id in answers["question_id"].to_pylist()
+        ]
+
+
+def check_alignment(config: Config, base_path: str) -> None:
+    """Compare some stored answers with what student and teacher make of them now.
+
+    Raises ValueError if the prompts differ, if the packed answer positions do not hold the answer, or if the base
+    model with the passage in its prompt does not give the stored log-probabilities.
+    """
+    data = AnswerData(Stage(config.run_dir, "filter", ANSWER))
+    if not len(data):
+        raise ValueError("no answers are left to train on; loosen [filter] or write more questions")
+    answers = data.take(np.unique(np.linspace(0, len(data) - 1, NUM_CHECKED).astype(int)).tolist())
+    prompts = TeacherPrompts(config)
+    samples = samples_of(answers)
+    for answer_id, sample, prompt in zip(
+        answers["answer_id"].to_pylist(), samples, prompts.student_prompts(answers), strict=True
+    ):
+        if sample.prompt_ids.tolist() != prompt:
+            raise ValueError(
+                f"alignment guard: answer {answer_id} was stored with another student prompt:\n"
+                f"stored: {prompts.tokenizer.decode(sample.prompt_ids)!r}\nnow:    {prompts.tokenizer.decode(prompt)!r}"
+            )
+    check_mask(samples)
+    student = Student(add_adapter(load_base(base_path), config.train.lora, base_path), config.train.loss_chunk)
+    teacher = [Sample(prompt, s.answer_ids) for prompt, s in zip(prompts.of(answers), samples, strict=True)]
+    packed = pack(teacher, rows_in_order(teacher, 1024))
+    ids, logprobs = topk_of(answers, len(packed.answer_index))
+    with student.adapter_off():
+        now = -student(packed, Labels(ids[:, 0]))
+    difference = (now - logprobs[:, 0]).abs()
+    if not difference.mean() <= MAX_MEAN_DIFFERENCE:
+        worst = int(difference.argmax())
+        owner = int(np.searchsorted(np.cumsum([len(s.answer_ids) for s in samples]), worst, side="right"))
+        raise ValueError(
+            f"alignment guard: the teacher's stored log-probabilities are not those of {base_path}: mean difference "
+            f"{difference.mean():.2f} nats (at most {MAX_MEAN_DIFFERENCE}), worst in answer "
+            f"{answers['answer_id'][owner]} at token {prompts.tokenizer.decode([int(ids[worst, 0])])!r}: stored "
+            f"{logprobs[worst, 0]:.2f}, now {now[worst]:.2f}"
+        )
+
+
+def check_mask(samples: list[Sample]) -> None:
+    """Raise ValueError unless the packed answer positions predict exactly the answers."""
+    packed = pack(samples, [len(samples)])
+    following = torch.roll(packed.input_ids.flatten(), -1)[packed.answer_index]
+    expected = np.concatenate([sample.answer_ids for sample in samples])
+    # The token behind the last position of an answer is the next sample's, or padding: it is predicted, never read.
+    inside = np.ones(len(expected), dtype=bool)
+    inside[np.cumsum([len(sample.answer_ids) for sample in samples]) - 1] = False
+    wrong = np.flatnonzero((following.numpy() != expected) & inside)
+    if len(following) != len(expected) or len(wrong):
+        raise ValueError(f"alignment guard: packed answer positions {wrong[:5].tolist()} do not hold the answer tokens")

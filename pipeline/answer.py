@@ -1,0 +1,119 @@
+"""Question -> Answer: the base model answers with the passage in its prompt, its top-k captured in the same pass.
+
+In: one shard of questions per unit, and the shard of passages it came from. Out: answers as flat Arrow arrays; prompts
+that do not fit are Rejected. Requests of a passage stand together, so that its prefix is computed once.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.base_model import BaseModel
+from pipeline.config import AnswerSection, Cluster, Config, Model
+from pipeline.engine import Completion, Engine, render_chat
+from pipeline.prompts import prompts_digest, student_chat, teacher_chat
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest
+from pipeline.stage import Actors, run_stage
+from pipeline.store import Stage, Unit
+
+
+def write_answers(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
+    """Run the stage and return its manifest; it needs the complete question stage."""
+    questions = Stage(config.run_dir, "question", QUESTION)
+    return run_stage(
+        Stage(config.run_dir, "answer", ANSWER),
+        {
+            "answer": config.answer.model_dump(),
+            "model": base.identity(),
+            "prompts": prompts_digest(),
+            "input": questions.require()["data_digest"],
+        },
+        [{"name": unit.name} for unit in questions.units()],
+        AnswerWriter,
+        {"run_dir": config.run_dir, "settings": config.answer, "model": config.model, "cluster": config.cluster},
+        Actors(config.cluster.num_engines, config.cluster.engine_cpus, config.cluster.engine_gpus),
+        config.max_reject_share,
+        redo,
+    )
+
+
+class AnswerWriter:
+    """Owns an engine; one unit is the questions about one shard of passages."""
+
+    def __init__(self, run_dir: str, settings: AnswerSection, model: Model, cluster: Cluster) -> None:
+        self._passages = Stage(run_dir, "chunk", PASSAGE)
+        self._questions = Stage(run_dir, "question", QUESTION)
+        self._answers = Stage(run_dir, "answer", ANSWER)
+        self._settings = settings
+        self._engine = Engine(model, cluster, settings.top_k)
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
+        questions = self._questions.read_unit(unit["name"]).to_pylist()
+        before = self._engine.stats
+        table, rejected = answer_questions(
+            self._engine, {row["passage_id"]: row for row in passages}, questions, self._settings
+        )
+        stats = self._engine.stats.since(before) | {
+            "unfinished": float(np.count_nonzero(np.asarray(table["finish_reason"]) == "length")),
+            "tail_mass_sum": float(tail_mass(table, self._settings.top_k).sum()),
+        }
+        return self._answers.commit(
+            unit["name"], [table], rejected, len(questions) * self._settings.per_question, stats
+        )
+
+
+def answer_questions(
+    engine: Engine,
+    passages: dict[str, dict[str, Any]],
+    questions: list[dict[str, Any]],
+    settings: AnswerSection,
+) -> tuple[pa.Table, list[Rejected]]:
+    """Answer every question `settings.per_question` times; return the ANSWER table and what did not fit."""
+    room = engine.max_model_len - settings.max_tokens
+    rows, prompts, seeds, rejected = [], [], [], []
+    for question in questions:
+        passage = passages[question["passage_id"]]
+        prompt = render_chat(engine.tokenizer, teacher_chat(passage["text"], passage["heading"], question["text"]))
+        for ordinal in range(settings.per_question):
+            answer_id = digest(question["question_id"], ordinal, settings.seed)
+            if len(prompt) > room:
+                rejected.append(
+                    Rejected("answer", answer_id, "too_long", f"prompt of {len(prompt)} tokens, room for {room}")
+                )
+                continue
+            rows.append((answer_id, question, render_chat(engine.tokenizer, student_chat(question["text"]))))
+            prompts.append(prompt)
+            seeds.append(int(answer_id[:8], 16))
+    completions = engine.complete(prompts, seeds, settings, settings.max_tokens, settings.top_k)
+    return _answer_table(rows, completions), rejected
+
+
+def _answer_table(rows: list[tuple[str, dict[str, Any], list[int]]], completions: list[Completion]) -> pa.Table:
+    def ragged(arrays: list[np.ndarray], kind: Any) -> pa.Array:
+        offsets = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int32)
+        flat = np.concatenate([array.ravel() for array in arrays]) if arrays else np.empty(0)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(kind)))
+
+    columns = [
+        [answer_id for answer_id, _, _ in rows],
+        [question["question_id"] for _, question, _ in rows],
+        [question["passage_id"] for _, question, _ in rows],
+        [completion.text.strip() for completion in completions],
+        [completion.finish_reason for completion in completions],
+        ragged([np.asarray(prompt) for _, _, prompt in rows], np.int32),
+        ragged([completion.token_ids for completion in completions], np.int32),
+        ragged([completion.topk_ids for completion in completions], np.int32),
+        ragged([completion.topk_logprobs for completion in completions], np.float16),
+    ]
+    return pa.table(
+        [pa.array(column, type=field.type) for column, field in zip(columns, ANSWER, strict=True)], schema=ANSWER
+    )
+
+
+def tail_mass(answers: pa.Table, top_k: int) -> np.ndarray:
+    """Return the teacher's probability outside its top-k, [answer tokens]."""
+    flat = answers["topk_logprobs"].combine_chunks().flatten()
+    logprobs = np.asarray(flat, dtype=np.float32).reshape(-1, top_k)
+    return np.maximum(0.0, 1.0 - np.exp(logprobs).sum(axis=1))

@@ -1,0 +1,183 @@
+"""Answers -> packed tensors, answer positions aligned.
+
+In: the answers of a complete filter stage. Out: a plan of steps and rows that depends on lengths and the seed alone (so
+any number of workers, and a resumed run, walk through the same samples), and the tensors of one micro-batch.
+Several samples share a row; none sees another.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import torch
+from torch import Tensor
+
+from pipeline.schema import ANSWER
+from pipeline.store import Stage
+
+Row = list[int]  # indices of the samples that share a packed row
+Step = list[Row]  # rows of one optimiser step, over all workers
+
+
+class Sample(NamedTuple):
+    """Token ids of a prompt and the answer behind it."""
+
+    prompt_ids: np.ndarray
+    answer_ids: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """The last answer token is predicted, never read."""
+        return len(self.prompt_ids) + len(self.answer_ids) - 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Samples packed into rows; `answer_index` lists, sample by sample, the positions that predict answer tokens."""
+
+    input_ids: Tensor  # int64 [rows, L]
+    position_ids: Tensor  # int64 [rows, L], from zero in every sample
+    attention_mask: Tensor  # bf16 [rows, 1, L, L], added to the scores: zero for earlier tokens of the same sample
+    answer_index: Tensor  # int64 [A], into the flattened [rows * L]
+    num_tokens: int  # without padding
+
+    def to(self, device: torch.device) -> "Packed":
+        """Return the same on another device."""
+        tensors = (self.input_ids, self.position_ids, self.attention_mask, self.answer_index)
+        return Packed(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.num_tokens)
+
+
+class AnswerData:
+    """Random access to answers on local disk, memory-mapped: memory does not grow with their number."""
+
+    def __init__(self, stage: Stage) -> None:
+        """Copy the stage's rows into a temporary Arrow file; it lives as long as this object."""
+        self._folder = tempfile.TemporaryDirectory(prefix="answers-")
+        path = Path(self._folder.name) / "answers.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ANSWER) as writer:
+            for shard in stage.shards():
+                writer.write_table(stage.read_shard(shard))
+        self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+        self._prompt_tokens, self._answer_tokens = (
+            np.asarray(pyarrow.compute.list_value_length(self.table[name])) for name in ("prompt_ids", "answer_ids")
+        )
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def lengths(self) -> np.ndarray:
+        """Return the tokens that each sample takes in a row, [samples]."""
+        return self._prompt_tokens + self._answer_tokens - 1
+
+    def count_tokens(self, indices: Sequence[int]) -> tuple[int, int]:
+        """Return the answer tokens of some samples, and all their tokens."""
+        answer_tokens = int(self._answer_tokens[indices].sum())
+        return answer_tokens, answer_tokens + int(self._prompt_tokens[indices].sum()) - len(indices)
+
+    def take(self, indices: Sequence[int]) -> pa.Table:
+        return self.table.take(pa.array(indices, pa.int64()))
+
+
+def samples_of(answers: pa.Table) -> list[Sample]:
+    """The student's view of a few answers."""
+    columns = (answers[name].combine_chunks() for name in ("prompt_ids", "answer_ids"))
+    prompts, replies = ([np.asarray(row.values) for row in column] for column in columns)
+    return [Sample(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+
+
+def topk_of(answers: pa.Table, num_answer_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the stored top-k of all answer tokens: ids int64 [A, k] and log-probabilities float32 [A, k]."""
+    ids = np.asarray(answers["topk_ids"].combine_chunks().flatten()).reshape(num_answer_tokens, -1)
+    logprobs = np.asarray(answers["topk_logprobs"].combine_chunks().flatten()).reshape(num_answer_tokens, -1)
+    return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(logprobs.astype(np.float32))
+
+
+def plan_epoch(lengths: np.ndarray, batch_tokens: int, row_tokens: int, seed: int) -> list[Step]:
+    """Shuffle the samples, pack them best-fit into rows of `row_tokens`, and group the rows into steps.
+
+    A sample longer than a row gets a row of its own and counts for as many rows as it needs.
+    """
+    rows_per_step = max(1, batch_tokens // row_tokens)
+    window = rows_per_step * 8  # rows open at a time: enough choice for a tight fit, few enough for a random order
+    done: list[tuple[int, Row]] = []
+    open_rows: list[tuple[int, Row]] = []  # free tokens, samples
+    for index in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        length = int(lengths[index])
+        fitting = [place for place, (free, _) in enumerate(open_rows) if free >= length]
+        if fitting:
+            place = min(fitting, key=lambda place: open_rows[place][0])
+            free, row = open_rows[place]
+            row.append(index)
+            open_rows[place] = (free - length, row)
+        else:
+            open_rows.append((row_tokens - length, [index]))
+        if len(open_rows) > window:
+            done.append(open_rows.pop(min(range(len(open_rows)), key=lambda place: open_rows[place][0])))
+    done += open_rows
+    steps: list[Step] = [[]]
+    weight = 0
+    for free, row in done:
+        needed = max(1, -(-(row_tokens - free) // row_tokens))
+        if steps[-1] and weight + needed > rows_per_step:
+            steps.append([])
+            weight = 0
+        steps[-1].append(row)
+        weight += needed
+    return steps
+
+
+def rows_in_order(samples: Sequence[Sample], row_tokens: int) -> list[int]:
+    """Return how many consecutive samples go into each row, so that rows hold at most `row_tokens` where they can."""
+    counts, free = [], -1
+    for sample in samples:
+        free -= sample.length
+        if free < 0:
+            counts.append(0)
+            free = row_tokens - sample.length
+        counts[-1] += 1
+    return counts
+
+
+def pack(samples: Sequence[Sample], row_counts: Sequence[int], pad_id: int = 0) -> Packed:
+    """Lay out the samples in order, `row_counts[i]` of them in row i; rows are padded to the longest.
+
+    Padding sees only itself. No samples give one row of padding, so that a worker without work still takes part.
+    """
+    ends = np.cumsum(row_counts)
+    rows = [samples[end - count : end] for end, count in zip(ends, row_counts, strict=True)]
+    width = max((sum(sample.length for sample in row) for row in rows), default=1)
+    shape = (max(1, len(rows)), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    segments = np.full(shape, -1, dtype=np.int64)
+    answer_index = [np.empty(0, dtype=np.int64)]
+    num_tokens = 0
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row):
+            end = start + sample.length
+            input_ids[number, start:end] = np.concatenate([sample.prompt_ids, sample.answer_ids[:-1]])
+            position_ids[number, start:end] = np.arange(sample.length)
+            segments[number, start:end] = segment
+            first = number * width + start + len(sample.prompt_ids) - 1
+            answer_index.append(np.arange(first, first + len(sample.answer_ids)))
+            start = end
+        num_tokens += start
+    ids = torch.from_numpy(segments)
+    same = ids[:, :, None] == ids[:, None, :]
+    # Padding sees the padding before it: a position that sees nothing would give NaN.
+    sees = (same & torch.ones(width, width, dtype=torch.bool).tril()).unsqueeze(1)
+    mask = torch.zeros(sees.shape, dtype=torch.bfloat16).masked_fill_(~sees, torch.finfo(torch.bfloat16).min)
+    return Packed(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        mask,
+        torch.from_numpy(np.concatenate(answer_index)),
+        num_tokens,
+    )

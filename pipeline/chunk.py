@@ -1,0 +1,197 @@
+"""Documents -> Passages: as long as the token limit allows, cut where the Markdown says.
+
+In: the stage `dedup`. Out: the stage `chunk`. The passages of a document are its text, cut: joined
+they give it back, so whitespace is not trimmed. Text without Markdown goes the same way, and is cut
+at paragraphs, sentences and words. A word is cut only if it alone is longer than the limit.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import ray
+from markdown_it import MarkdownIt
+from semantic_text_splitter import MarkdownSplitter
+from tokenizers import Tokenizer
+
+from pipeline.config import Chunk
+from pipeline.read import UNSPACED
+from pipeline.schema import DOCUMENT, PASSAGE, Document, Passage, Record, digest, to_table
+from pipeline.stage import Actors, run_stage
+from pipeline.store import Stage, Unit
+
+WINDOW = 40  # characters, times max_tokens, split at once; the splitter's time is not linear
+SPARE = 8  # this part of max_tokens is left free by the splitter, for joining and shifting
+TINY_LETTERS = 40  # about eight words: no ground for a question
+MAX_HEADING_CHARS = 200  # more is a paragraph that happens to stand above a line of dashes
+MAX_WORD_CHARS = 64
+
+BLOCKS = MarkdownIt("commonmark").disable("inline")
+INLINE = MarkdownIt("commonmark")
+INSIDE_WORD = re.compile(rf"[^\s{UNSPACED}]{{2}}")
+
+
+class Heading(NamedTuple):
+    start: int  # of its line, in characters
+    path: list[str]  # the headings above it, then its own text
+
+
+def find_headings(text: str) -> list[Heading]:
+    """Return the Markdown headings that stand outside of lists, quotes and code, in order."""
+    line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
+    headings: list[Heading] = []
+    above: list[tuple[int, str]] = []
+    tokens = BLOCKS.parse(text)
+    for token, inline in pairwise(tokens):
+        if token.type != "heading_open" or token.level or not token.map:
+            continue
+        start = line_starts[token.map[0]]
+        # The last line of front matter stands above dashes and looks like a heading.
+        is_front_matter = token.markup == "-" and start == 4 and text.startswith("---\n")
+        if "\n" in inline.content or len(inline.content) > MAX_HEADING_CHARS or is_front_matter:
+            continue
+        parts = INLINE.parseInline(inline.content)[0].children or []
+        name = "".join(part.content for part in parts if part.type != "html_inline").strip()
+        level = int(token.tag[1:])
+        above = [*(pair for pair in above if pair[0] < level), (level, name)]
+        headings.append(Heading(start, [name for _, name in above if name]))
+    return headings
+
+
+class Splitter:
+    """Finds where to cut a text into passages of at most `max_tokens` tokens."""
+
+    def __init__(self, tokenizer_path: str, max_tokens: int) -> None:
+        self._tokenizer = Tokenizer.from_str(read_tokenizer(tokenizer_path).decode())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._max_tokens = max_tokens
+        self._splitter = MarkdownSplitter.from_huggingface_tokenizer(
+            self._tokenizer, max_tokens - max_tokens // SPARE, trim=False
+        )
+
+    def fits(self, text: str) -> bool:
+        return len(self._tokenizer.encode(text, add_special_tokens=False)) <= self._max_tokens
+
+    def find_cuts(self, text: str, headings: list[Heading]) -> list[int]:
+        """Return the ends of the passages; tiny ones are joined to a neighbour where they fit."""
+        section_starts = {heading.start for heading in headings}
+        cuts = [0]
+        for end in self._find_rough_cuts(text):
+            cut = self._shift_out_of_word(text, cuts, end)
+            if len(cuts) > 1:
+                previous, piece = text[cuts[-2] : cut], text[cut:end]
+                opens_section = cut in section_starts and end < len(text)
+                is_joined = _is_tiny(previous) or (_is_tiny(piece) and not opens_section)
+                if is_joined and self.fits(previous + piece):
+                    cuts.pop()
+                else:
+                    cuts[-1] = cut
+            cuts.append(end)
+        return cuts[1:]
+
+    def _find_rough_cuts(self, text: str) -> Iterator[int]:
+        size = WINDOW * self._max_tokens
+        start = 0
+        while start < len(text):
+            pieces = self._splitter.chunks(text[start : start + size])
+            # The window, not the text, ends the last piece; so the next window begins with it.
+            if start + size < len(text) and len(pieces) > 1:
+                pieces.pop()
+            for piece in pieces:
+                start += len(piece)
+                yield start
+
+    def _shift_out_of_word(self, text: str, cuts: list[int], end: int) -> int:
+        """Return the last of `cuts`, moved to the nearest space where both sides still fit."""
+        cut = cuts[-1]
+        if len(cuts) > 1 and INSIDE_WORD.match(text, cut - 1):
+            before = re.search(r"\s(?=\S*\Z)", text[max(cuts[-2], cut - MAX_WORD_CHARS) : cut])
+            after = re.search(r"\s", text[cut : min(end, cut + MAX_WORD_CHARS)])
+            if before:
+                shifted = max(cuts[-2], cut - MAX_WORD_CHARS) + before.end()
+                if self.fits(text[shifted:end]):
+                    return shifted
+            shifted = cut + after.end() if after else end
+            if shifted < end and self.fits(text[cuts[-2] : shifted]):
+                return shifted
+        return cut
+
+
+def read_tokenizer(tokenizer_path: str) -> bytes:
+    """Return the bytes of tokenizer.json; ValueError if the model's folder holds none."""
+    path = Path(tokenizer_path) / "tokenizer.json"
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"model.path = {tokenizer_path!r}: cannot read {path} ({error.strerror}); give the "
+            "folder of a base model in Hugging Face format"
+        ) from error
+
+
+def _is_tiny(text: str) -> bool:
+    return next(islice(re.finditer(r"\w", text), TINY_LETTERS - 1, None), None) is None
+
+
+def split_document(document: Document, splitter: Splitter) -> Iterator[Passage]:
+    """Yield the passages; the heading is the one in force at the first visible character."""
+    headings = find_headings(document.text)
+    start = 0
+    for end in splitter.find_cuts(document.text, headings):
+        text = document.text[start:end]
+        visible = start + len(text) - len(text.lstrip())
+        index = bisect_right(headings, visible, key=lambda heading: heading.start) - 1
+        path = headings[index].path if index >= 0 else []
+        if document.title and path[:1] != [document.title]:
+            path = [document.title, *path]
+        heading = " > ".join(path)
+        passage_id = digest(document.doc_id, start, end, heading)
+        yield Passage(passage_id, document.doc_id, heading, start, end, text)
+        start = end
+
+
+class ChunkWorker:
+    """Splits the documents of one shard of `dedup`."""
+
+    def __init__(self, run_dir: str, config: Chunk, tokenizer_path: str) -> None:
+        self._input = Stage(run_dir, "dedup", DOCUMENT)
+        self._stage = Stage(run_dir, "chunk", PASSAGE)
+        self._splitter = Splitter(tokenizer_path, config.max_tokens)
+        self._shard_passages = config.shard_passages
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        documents = self._input.read_shard(unit["shard"])
+        return self._stage.commit(unit["name"], self._split(documents), [], documents.num_rows)
+
+    def _split(self, documents: pa.Table) -> Iterator[pa.Table]:
+        rows = (Document(**row) for row in documents.to_pylist())
+        passages = (passage for row in rows for passage in split_document(row, self._splitter))
+        while shard := list[Record](islice(passages, self._shard_passages)):
+            yield to_table(shard, PASSAGE)
+
+
+def chunk_documents(
+    run_dir: str, config: Chunk, tokenizer_path: str, max_reject_share: float, redo: bool = False
+) -> dict[str, Any]:
+    """Run the stage `chunk` and return its manifest; the tokenizer is that of the base model."""
+    documents = Stage(run_dir, "dedup", DOCUMENT)
+    manifest = documents.manifest()
+    if manifest is None:
+        raise ValueError(f"stage dedup in {run_dir} is not complete; run `read` first")
+    shards = enumerate(documents.shards())
+    return run_stage(
+        Stage(run_dir, "chunk", PASSAGE),
+        config.model_dump()
+        | {"input": manifest["data_digest"], "tokenizer": digest(read_tokenizer(tokenizer_path))},
+        ({"name": f"{number:06d}", "shard": shard} for number, shard in shards),
+        ChunkWorker,
+        {"run_dir": run_dir, "config": config, "tokenizer_path": tokenizer_path},
+        Actors(count=max(1, int(ray.cluster_resources().get("CPU", 1)))),
+        max_reject_share,
+        redo,
+    )

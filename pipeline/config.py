@@ -1,0 +1,300 @@
+"""One TOML file + `section.key=value` overrides -> one frozen, fully checked `Config`.
+
+In: a path and a list of overrides. Out: `Config`; a `ValueError` that names every wrong field, its value and the remedy.
+Imports no torch, ray or vllm, so that `--help` and a wrong key answer at once. Relative paths count from the current
+directory, not from the file.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+QuestionKind = Literal["fact", "definition", "detail", "comparison", "summary", "use"]
+QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
+
+ENGINE_KEYS_SET_HERE = frozenset(
+    "model tokenizer dtype seed max_model_len max_logprobs logprobs_mode enable_lora max_loras max_lora_rank "
+    "tensor_parallel_size gpu_memory_utilization enable_prefix_caching".split()
+)
+DEEPSPEED_KEYS_SET_HERE = frozenset(
+    "bf16 fp16 gradient_clipping gradient_accumulation_steps optimizer scheduler train_batch_size "
+    "train_micro_batch_size_per_gpu".split()
+)
+
+
+def _refuse_keys(field: str, given: dict[str, Any], refused: frozenset[str]) -> None:
+    own = sorted(refused & given.keys())
+    if own:
+        raise ValueError(f"{field} may not set {', '.join(own)}: other settings decide it; remove it")
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys; the text under a field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True)
+
+
+class Model(Section):
+    path: str
+    """Folder of the base model in Hugging Face format (config.json, safetensors, tokenizer, chat template)."""
+    max_model_len: int = Field(default=2048, ge=256)
+    """Longest prompt plus reply, in tokens."""
+    engine: dict[str, Any] = {}
+    """Further vLLM engine arguments, passed on as they are; keys that we set ourselves are refused."""
+
+    @model_validator(mode="after")
+    def _refuse_own_engine_keys(self) -> "Model":
+        _refuse_keys("model.engine", self.engine, ENGINE_KEYS_SET_HERE)
+        return self
+
+
+class Read(Section):
+    paths: list[str] = Field(min_length=1)
+    """Files, folders, globs, or s3:// and gs:// URIs of them."""
+    text_field: str = "text"
+    """Name of the text field in JSONL and Parquet rows."""
+    title_field: str = "title"
+    """Name of the title field in JSONL and Parquet rows; rows without it have no title."""
+    max_file_mb: int = Field(default=32, ge=1)
+    """Larger files are rejected, except JSONL and Parquet, which are read in pieces and limited per row."""
+    unit_files: int = Field(default=256, ge=1)
+    """Files that one task reads and commits together."""
+    near_duplicate_threshold: float | None = Field(default=None, gt=0, le=1)
+    """Estimated Jaccard similarity of word 5-grams from which documents count as near-duplicates; unset: keep them."""
+
+
+class Chunk(Section):
+    max_tokens: int = Field(default=256, ge=16)
+    """Longest passage, in tokens of the base model."""
+    shard_passages: int = Field(default=64, ge=1)
+    """Passages per shard: the unit that one engine works on, commits, and redoes after a crash."""
+
+
+class Sampling(Section):
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens that holds this much probability."""
+    sampling_top_k: int = Field(default=0, ge=0)
+    """Sample from this many most likely tokens; 0: from all."""
+
+
+class QuestionSection(Sampling):
+    per_passage: int = Field(default=30, ge=1)
+    """Quota of distinct, standalone questions for each passage, shared out over the kinds."""
+    kinds: list[QuestionKind] = Field(default=list(QUESTION_KINDS), min_length=1)
+    """Kinds of question to ask for."""
+    per_call: int = Field(default=3, ge=1, le=20)
+    """Questions asked for in one reply."""
+    structured: bool = False
+    """Force replies into a JSON list of strings; helps larger models, costs the smallest ones variety."""
+    max_rounds: int = Field(default=4, ge=1)
+    """Times a passage with an open quota is asked again, each time with another seed."""
+    max_tokens: int = Field(default=320, ge=32)
+    """Longest reply."""
+    temperature: float = Field(default=0.8, ge=0, le=2)
+    """Sampling temperature; 0 is greedy."""
+    seed: int = 0
+    """Seed from which every request's own seed is derived."""
+
+
+class AnswerSection(Sampling):
+    per_question: int = Field(default=1, ge=1)
+    """Answers sampled for each question."""
+    top_k: int = Field(default=20, ge=1, le=1000)
+    """Teacher log-probabilities stored for each answer token."""
+    max_tokens: int = Field(default=128, ge=1)
+    """Longest answer."""
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    """Sampling temperature; 0 is greedy. The stored log-probabilities are always those of temperature 1."""
+    seed: int = 0
+    """Seed from which every request's own seed is derived."""
+
+
+class FilterSection(Section):
+    keep_unfinished: bool = False
+    """Keep answers that were cut off at answer.max_tokens."""
+    reject_leak_phrases: bool = True
+    """Reject answers that speak of "the text" or "the passage", which the student would copy."""
+    min_initial_kl: float | None = Field(default=None, ge=0)
+    """Drop answers on which the closed-book model already agrees with the teacher: mean KL per token in nats below this."""
+
+
+class Lora(Section):
+    rank: int = Field(default=64, ge=1, le=512)
+    """Rank of the adapter."""
+    alpha: int | None = Field(default=None, ge=1)
+    """Scale numerator; unset: twice the rank, as the paper."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+
+
+class Train(Section):
+    teacher: Literal["stored", "online", "sft"] = "stored"
+    """Signal: the stored top-k, the same weights with the passage in the prompt, or the answer tokens as hard labels."""
+    lora: Lora = Lora()
+    epochs: int = Field(default=4, ge=1)
+    """Passes over the answers."""
+    learning_rate: float = Field(default=5e-4, gt=0, lt=1)
+    """Peak learning rate of AdamW."""
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    """Softens both distributions in the loss; the paper uses 2."""
+    batch_tokens: int = Field(default=1024, ge=64)
+    """Tokens of all workers together in one optimiser step."""
+    row_tokens: int = Field(default=256, ge=64)
+    """Length of one packed row, in tokens; several samples share a row without seeing each other."""
+    micro_rows: int = Field(default=4, ge=1)
+    """Packed rows in one forward and backward pass."""
+    loss_chunk: int = Field(default=256, ge=1)
+    """Answer positions whose logits are in memory at a time."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage; 3 also shards the base model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    checkpoint_steps: int = Field(default=100, ge=1)
+    """Optimiser steps between checkpoints."""
+    seed: int = 0
+    """Seed of the adapter's initial weights and the sample order."""
+    deepspeed: dict[str, Any] = {}
+    """Further DeepSpeed settings, merged in as they are; keys that we set ourselves are refused."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Train":
+        _refuse_keys("train.deepspeed", self.deepspeed, DEEPSPEED_KEYS_SET_HERE)
+        if self.batch_tokens < self.row_tokens:
+            raise ValueError(
+                f"batch_tokens = {self.batch_tokens} is less than row_tokens = {self.row_tokens}; raise batch_tokens"
+            )
+        return self
+
+
+class Evaluate(Section):
+    questions: str | None = None
+    """JSONL of questions for measuring only: `question`, `answers` (accepted strings), `context` (its gold passage)."""
+    max_questions: int | None = Field(default=None, ge=1)
+    """Use only the first this many."""
+    max_tokens: int = Field(default=128, ge=1)
+    """Longest answer."""
+    bootstrap_resamples: int = Field(default=2000, ge=100)
+    """Resamples for the 95 % intervals."""
+    seed: int = 0
+    """Seed of the resampling."""
+
+
+class Publish(Section):
+    registry: str
+    """Folder or bucket URI of the adapter registry."""
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    """Adapter name: lower-case letters, digits, dot, dash and underscore."""
+
+
+class Serve(Section):
+    """Settings of the endpoint."""
+
+
+class Cluster(Section):
+    address: str | None = None
+    """Ray cluster to join; unset: RAY_ADDRESS if it is set, else a local Ray that ends with the run."""
+    num_engines: int = Field(default=1, ge=1)
+    """vLLM engines that write at the same time."""
+    engine_gpus: int = Field(default=0, ge=0)
+    """GPUs per engine (tensor parallel size); 0: the CPU build."""
+    engine_cpus: int = Field(default=2, ge=1)
+    """CPU cores per engine; on the CPU build these are its compute threads."""
+    kv_cache_gb: int = Field(default=2, ge=1)
+    """Memory of a CPU engine for keys and values, in GiB."""
+    gpu_memory_share: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that an engine may take."""
+    num_workers: int = Field(default=1, ge=1)
+    """Training workers."""
+    worker_gpus: float = Field(default=0, ge=0)
+    """GPUs per training worker; 0 trains on the CPU."""
+    worker_cpus: int = Field(default=2, ge=1)
+    """CPU cores per training worker."""
+
+
+class Config(Section):
+    run_dir: str
+    """Folder or bucket URI that holds everything one run makes."""
+    max_reject_share: float = Field(default=0.9, gt=0, le=1)
+    """A stage that rejects a larger share of its rows stops the run."""
+    model: Model
+    read: Read
+    publish: Publish
+    chunk: Chunk = Chunk()
+    question: QuestionSection = QuestionSection()
+    answer: AnswerSection = AnswerSection()
+    filter: FilterSection = FilterSection()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    serve: Serve = Serve()
+    cluster: Cluster = Cluster()
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides, whose values are TOML (bare words count as strings).
+
+    Raises ValueError with one line per wrong field.
+    """
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config file {path}: {error.strerror}; give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {line}" for line in _describe(error))) from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for name in names[:-1]:
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise ValueError(f"override {override!r}: {name} is a value, not a section")
+    data[names[-1]] = value
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"][:-1]), n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else "remove it"
+            yield f"{field} = {item['input']!r}: unknown key; {remedy}"
+        elif item["type"] == "missing":
+            yield f"{field} is missing; it has no default and must be chosen"
+        elif item["type"] == "value_error":
+            yield f"{field}: {item['ctx']['error']}"
+        else:
+            yield f"{field} = {item['input']!r}: {item['msg']}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = Config
+    for name in location:
+        annotation = section.model_fields[str(name)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel), location
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,159 @@
+"""Chats -> token ids, text and top-k log-probabilities; the only file that imports vLLM.
+
+In: prompts as token ids with a seed each. Out: one `Completion` per prompt, in order.
+The engine runs inside the calling process (an actor) and forgets its prefix cache between calls, so that a unit of work
+that is redone after a crash sees the same batches, and hence the same tokens, as in an undisturbed run.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.config import Cluster, Model, Sampling
+
+
+class Completion(NamedTuple):
+    """`topk_*` are [len(token_ids), k], most likely first, natural log at temperature 1; k is 0 if none were asked for."""
+
+    text: str
+    finish_reason: str
+    token_ids: np.ndarray
+    topk_ids: np.ndarray
+    topk_logprobs: np.ndarray
+
+
+class EngineStats(NamedTuple):
+    """Tokens and seconds of all calls of an engine so far."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    engine_seconds: float = 0.0
+
+    def since(self, before: "EngineStats") -> dict[str, float]:
+        return {name: new - old for name, new, old in zip(self._fields, self, before, strict=True)}
+
+
+class Engine:
+    """One vLLM engine, with or without adapters."""
+
+    def __init__(self, model: Model, cluster: Cluster, top_k: int = 0, adapter_rank: int = 0) -> None:
+        """Load the model; `top_k` and `adapter_rank` are the most that `complete` may be asked for."""
+        # In-process the engine loads in a third of the time and dies with its actor.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "model": model.path,
+            "dtype": "bfloat16",
+            "seed": 0,
+            "max_model_len": model.max_model_len,
+            "max_logprobs": max(top_k, 1),
+            "logprobs_mode": "raw_logprobs",
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+        }
+        if cluster.engine_gpus:
+            arguments |= {
+                "tensor_parallel_size": cluster.engine_gpus,
+                "gpu_memory_utilization": cluster.gpu_memory_share,
+            }
+        else:
+            # The CPU sampler cannot seed a request whose prefill is chunked; without chunking a batch must hold a prompt.
+            arguments |= {
+                "kv_cache_memory_bytes": cluster.kv_cache_gb << 30,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(8192, model.max_model_len),
+                "max_num_seqs": 128,
+                # Compiling takes a minute at every start and gained nothing measurable on a CPU.
+                "enforce_eager": True,
+            }
+        if adapter_rank:
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _vllm_rank(adapter_rank)}
+        self._llm = LLM(**(arguments | model.engine))
+        self.tokenizer = load_tokenizer(model.path)
+        self.max_model_len = model.max_model_len
+        self.stats = EngineStats()
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int,
+        top_k: int = 0,
+        json_schema: dict[str, Any] | None = None,
+        adapter: str | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt; `adapter` is a PEFT folder. Prompts that share a prefix should stand together.
+
+        A prompt with `max_tokens` behind it must fit into `max_model_len`; the caller rejects those that do not.
+        """
+        if not prompts:
+            return []
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import StructuredOutputsParams
+
+        started = time.monotonic()
+        self._llm.reset_prefix_cache()
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.sampling_top_k,
+                seed=seed,
+                max_tokens=max_tokens,
+                logprobs=top_k or None,
+                flat_logprobs=bool(top_k),
+                structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None,
+            )
+            for seed in seeds
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            parameters,
+            use_tqdm=False,
+            lora_request=LoRARequest(adapter, 1, adapter) if adapter else None,
+        )
+        self.stats = EngineStats(
+            self.stats.prompt_tokens + sum(len(prompt) for prompt in prompts),
+            self.stats.cached_tokens + sum(output.num_cached_tokens or 0 for output in outputs),
+            self.stats.output_tokens + sum(len(output.outputs[0].token_ids) for output in outputs),
+            self.stats.engine_seconds + time.monotonic() - started,
+        )
+        return [_completion(output.outputs[0], top_k) for output in outputs]
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a chat, up to where the assistant's reply begins."""
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert isinstance(ids, list), type(ids)
+    return ids
+
+
+def _completion(output: Any, top_k: int) -> Completion:
+    token_ids = np.asarray(output.token_ids, dtype=np.int32)
+    num_tokens = len(token_ids)
+    if not top_k:
+        empty = np.empty((num_tokens, 0))
+        return Completion(output.text, output.finish_reason, token_ids, empty.astype(np.int32), empty)
+    # vLLM puts the sampled token before the k most likely ones.
+    flat_ids = np.asarray(output.logprobs.token_ids, dtype=np.int32).reshape(num_tokens, top_k + 1)
+    flat_logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32).reshape(num_tokens, top_k + 1)
+    assert (flat_ids[:, 0] == token_ids).all(), "log-probabilities do not belong to the sampled tokens"
+    return Completion(output.text, output.finish_reason, token_ids, flat_ids[:, 1:], flat_logprobs[:, 1:])
+
+
+def _vllm_rank(rank: int) -> int:
+    """Return the smallest rank limit that vLLM knows and that holds this rank."""
+    return next(limit for limit in (8, 16, 32, 64, 128, 256, 320, 512) if limit >= rank)

@@ -1,0 +1,119 @@
+"""Answer -> Answer: what would teach nothing, or something wrong, becomes Rejected with a reason.
+
+In: one shard of answers per unit, with its questions and passages. Out: the answers worth training on, unchanged.
+Coverage is measured here, because only here it is known which questions and answers remain.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.base_model import BaseModel
+from pipeline.config import Config, FilterSection
+from pipeline.prompts import content_words, normalise, sentences, speaks_of_text
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected
+from pipeline.stage import Actors, run_stage
+from pipeline.store import Stage, Unit
+
+TOUCHED_SHARE = 0.5  # of a sentence's content words stand in one question and its answer
+
+
+def filter_answers(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
+    """Run the stage and return its manifest; it needs the complete answer stage."""
+    answers = Stage(config.run_dir, "answer", ANSWER)
+    needs_model = config.filter.min_initial_kl is not None
+    return run_stage(
+        Stage(config.run_dir, "filter", ANSWER),
+        {"filter": config.filter.model_dump(), "input": answers.require()["data_digest"]},
+        [{"name": unit.name} for unit in answers.units()],
+        AnswerFilter,
+        {"run_dir": config.run_dir, "settings": config.filter, "config": config if needs_model else None},
+        Actors(
+            config.cluster.num_workers if needs_model else config.cluster.num_engines,
+            config.cluster.worker_cpus if needs_model else 1,
+            config.cluster.worker_gpus if needs_model else 0,
+        ),
+        config.max_reject_share,
+        redo,
+    )
+
+
+class AnswerFilter:
+    """One unit is one shard of answers; owns the closed-book model if answers are judged by initial KL."""
+
+    def __init__(self, run_dir: str, settings: FilterSection, config: Config | None) -> None:
+        self._stages = [Stage(run_dir, "chunk", PASSAGE), Stage(run_dir, "question", QUESTION)]
+        self._answers = Stage(run_dir, "answer", ANSWER)
+        self._filtered = Stage(run_dir, "filter", ANSWER)
+        self._settings = settings
+        self._scorer = None
+        if config is not None:
+            from pipeline.student import KlScorer
+
+            self._scorer = KlScorer(config.train, config.model.path, config.cluster.worker_cpus)
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        chunk, question = self._stages
+        passages = {row["passage_id"]: row for row in chunk.read_shard(f"{unit['name']}.parquet").to_pylist()}
+        texts = {row["question_id"]: row["text"] for row in question.read_unit(unit["name"]).to_pylist()}
+        answers = self._answers.read_unit(unit["name"])
+        reasons = find_reasons(answers, texts, self._settings)
+        if self._scorer is not None:
+            kept = np.flatnonzero([reason is None for reason in reasons])
+            for index, kl in zip(kept, self._scorer.initial_kl(answers.take(kept)), strict=True):
+                if kl < (self._settings.min_initial_kl or 0.0):
+                    reasons[index] = "nothing_to_learn"
+        kept_answers = answers.filter(pa.array([reason is None for reason in reasons], pa.bool_()))
+        rejected = [
+            Rejected("filter", answer_id, reason, text[:200])
+            for answer_id, text, reason in zip(
+                answers["answer_id"].to_pylist(), answers["text"].to_pylist(), reasons, strict=True
+            )
+            if reason is not None
+        ]
+        return self._filtered.commit(
+            unit["name"], [kept_answers], rejected, answers.num_rows, measure_coverage(passages, texts, kept_answers)
+        )
+
+
+def find_reasons(
+    answers: pa.Table, questions: dict[str, str], settings: FilterSection
+) -> list[REASONS | None]:
+    """Return for every answer why it is rejected, or None; `questions` maps question ids to texts."""
+    seen: set[tuple[str, str]] = set()
+    reasons: list[REASONS | None] = []
+    columns = ("question_id", "text", "finish_reason")
+    for row in answers.select(columns).to_pylist():
+        key = (row["question_id"], normalise(row["text"]))
+        reasons.append(_reason(row, questions[row["question_id"]], settings, key in seen))
+        seen.add(key)
+    return reasons
+
+
+def _reason(row: dict[str, str], question: str, settings: FilterSection, is_seen: bool) -> REASONS | None:
+    text = normalise(row["text"])
+    if not text:
+        return "empty"
+    if row["finish_reason"] != "stop" and not settings.keep_unfinished:
+        return "unfinished"
+    if text == normalise(question):
+        return "echoes_question"
+    if settings.reject_leak_phrases and speaks_of_text(row["text"]):
+        return "leak_phrase"
+    return "duplicate_answer" if is_seen else None
+
+
+def measure_coverage(
+    passages: dict[str, dict[str, Any]], questions: dict[str, str], answers: pa.Table
+) -> dict[str, float]:
+    """Count the sentences of the passages, and those that some kept question with its answer touches."""
+    pairs: dict[str, list[set[str]]] = {passage_id: [] for passage_id in passages}
+    for row in answers.select(["passage_id", "question_id", "text"]).to_pylist():
+        pairs[row["passage_id"]].append(content_words(f"{questions[row['question_id']]} {row['text']}"))
+    num_sentences = num_touched = 0
+    for passage_id, passage in passages.items():
+        for words in filter(None, map(content_words, sentences(passage["text"]))):
+            num_sentences += 1
+            num_touched += any(len(words & pair) >= TOUCHED_SHARE * len(words) for pair in pairs[passage_id])
+    return {"sentences": num_sentences, "sentences_touched": num_touched}

@@ -1,0 +1,232 @@
+"""The only place where prompts live: what the question writer, the teacher and the student are told.
+
+In: passages and questions. Out: chats (lists of role/content messages), and questions parsed from replies.
+Teacher and student chats differ by what stands before the question in the same user turn; neither sets a system prompt,
+so that the adapter answers a client who sends nothing but a question.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import sentencex
+
+from pipeline.config import QUESTION_KINDS, QuestionKind
+from pipeline.schema import digest
+
+Chat = list[dict[str, str]]
+
+# Invented, so that a small model that copies the example instead of following it can be caught.
+_EXAMPLE_SENTENCES = (
+    "The Halden Bridge crosses the River Orla at Marrow Point.",
+    "It was designed by the engineer Ida Voss and opened on 4 May 1931, after three years of work that cost 2.4 million "
+    "crowns.",
+    "At 412 metres it was the longest steel arch in the country until 1958.",
+    "Unlike the older Tarn Bridge, which carries only trains, the Halden Bridge carries road traffic and a footpath.",
+    "Fishermen use its lamps to find the harbour at night.",
+)
+_EXAMPLE_PASSAGE = " ".join(_EXAMPLE_SENTENCES)
+
+
+class _Kind(NamedTuple):
+    """What to ask for, and a worked example about one sentence of the example passage (None: about all of it)."""
+
+    instruction: str
+    example_focus: str | None
+    example_questions: tuple[str, ...]
+
+
+_KINDS: dict[QuestionKind, _Kind] = {
+    "fact": _Kind(
+        "questions about facts",
+        _EXAMPLE_SENTENCES[1],
+        (
+            "Who designed the Halden Bridge?",
+            "What did the engineer Ida Voss design?",
+            "How long did the work on the Halden Bridge take?",
+        ),
+    ),
+    "definition": _Kind(
+        "questions that ask what or who something is",
+        _EXAMPLE_SENTENCES[0],
+        (
+            "What is the Halden Bridge?",
+            "What is crossed by the Halden Bridge at Marrow Point?",
+            "Where is the Halden Bridge on the River Orla?",
+        ),
+    ),
+    "detail": _Kind(
+        "questions about numbers, dates and names",
+        _EXAMPLE_SENTENCES[1],
+        (
+            "When was the Halden Bridge opened?",
+            "How much did the Halden Bridge cost?",
+            "What is the name of the engineer who designed the Halden Bridge?",
+        ),
+    ),
+    "comparison": _Kind(
+        "questions that ask for differences, causes and effects",
+        _EXAMPLE_SENTENCES[3],
+        (
+            "How does the Halden Bridge differ from the Tarn Bridge?",
+            "Which bridge is older, the Halden Bridge or the Tarn Bridge?",
+            "Why can cars cross the Halden Bridge but not the Tarn Bridge?",
+        ),
+    ),
+    "summary": _Kind(
+        "questions that ask for an overview",
+        None,
+        (
+            "What are the most important facts about the Halden Bridge?",
+            "What is known about how the Halden Bridge was built?",
+            "How is the Halden Bridge used?",
+        ),
+    ),
+    "use": _Kind(
+        "practical questions of someone who needs to know this",
+        _EXAMPLE_SENTENCES[4],
+        (
+            "What can fishermen use to find the harbour at night near the Halden Bridge?",
+            "What are the lamps of the Halden Bridge good for at night?",
+            "Who depends on the lamps of the Halden Bridge?",
+        ),
+    ),
+}
+
+_LEAK = re.compile(
+    r"\b(?:the|this|that|given|provided|above|following)\s+"
+    r"(?:(?:given|provided|above|following|short)\s+)?(?:text|passage|article|context|document|excerpt|paragraph|author|"
+    r"writer|information (?:given|provided|above))\b"
+    r"|\b(?:mentioned|described|stated|provided|listed|given) (?:above|here)\b",
+    re.IGNORECASE,
+)
+_DANGLING = re.compile(
+    r"^(?:(?:who|what|when|where|why|how|which|whose|in which|for what)\b[^?]*?\b)?"
+    r"(?:he|she|they|it|this|these|those|his|her|their|its)\b",
+    re.IGNORECASE,
+)
+_ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(.+)$")
+_WORD = re.compile(r"\w+", re.UNICODE)
+_COMMON = frozenset(
+    "about after also been before being between both could does doing during each from have having into just like made "
+    "main make many more most much name only other over same should some such take than that their them then there "
+    "these they this those through under used very were what when where which while whom whose will with work would "
+    "your important known kind type people thing things between different happened following role purpose".split()
+)
+
+
+def question_chat(passage: str, heading: str, kind: QuestionKind, count: int, focus: str) -> Chat:
+    """Ask for `count` questions of one kind that the sentence `focus` answers, after one worked example of that kind."""
+    example = _KINDS[kind]
+    return [
+        {"role": "user", "content": _ask(_EXAMPLE_PASSAGE, "", kind, len(example.example_questions), example.example_focus)},
+        {
+            "role": "assistant",
+            "content": "\n".join(f"{number}. {text}" for number, text in enumerate(example.example_questions, 1)),
+        },
+        {
+            "role": "user",
+            "content": _ask(passage, heading, kind, count, focus if example.example_focus else None),
+        },
+    ]
+
+
+def _ask(passage: str, heading: str, kind: QuestionKind, count: int, focus: str | None) -> str:
+    source = f"that this sentence answers: {focus.strip()}" if focus else "about the facts above."
+    return (
+        f"{_titled(passage, heading)}\n\n---\n\nWrite {count} {_KINDS[kind].instruction} {source}\nName in every question "
+        "the person, place or thing that it asks about."
+    )
+
+
+def teacher_chat(passage: str, heading: str, question: str) -> Chat:
+    """Put the passage before the question; the wording forbids speaking of a text, which the student would copy."""
+    return [
+        {
+            "role": "user",
+            "content": f"{_titled(passage, heading)}\n\n---\n\nUse the facts above to answer in a full sentence. State "
+            f"the facts directly as your own knowledge.\n\n{question}",
+        }
+    ]
+
+
+def student_chat(question: str) -> Chat:
+    """The question alone: what a client of the adapter sends."""
+    return [{"role": "user", "content": question}]
+
+
+def _titled(passage: str, heading: str) -> str:
+    return f"{heading}\n\n{passage.strip()}" if heading else passage.strip()
+
+
+def questions_schema(count: int) -> dict[str, object]:
+    """JSON schema of a structured reply to `question_chat`."""
+    return {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": count}
+
+
+def parse_questions(reply: str) -> list[str]:
+    """Return the questions of a reply: a JSON list, a numbered or bulleted list, or lines that end in a question mark.
+
+    The last item of a reply that was cut off has no question mark and is left out; an unusable reply gives [].
+    """
+    items: Iterator[str]
+    try:
+        parsed = json.loads(reply)
+        items = iter(str(item) for item in parsed) if isinstance(parsed, list) else iter(())
+    except json.JSONDecodeError:
+        items = (match.group(1) if (match := _ITEM.match(line)) else line for line in reply.splitlines())
+    cleaned = (item.strip().strip("*_\"'` ").strip() for item in items)
+    return [text for text in cleaned if text.endswith(("?", "\uff1f", "\u061f")) and len(text) <= 400]
+
+
+def normalise(text: str) -> str:
+    """Lower-case words without punctuation, for comparing texts."""
+    return " ".join(_WORD.findall(text.lower()))
+
+
+def content_words(text: str) -> set[str]:
+    """Words that carry meaning: four letters and more, numbers, and any word of a script without word spaces."""
+    return {
+        word
+        for word in _WORD.findall(text.lower())
+        if (len(word) > 3 or any(c.isdigit() or c > "\u2e80" for c in word)) and word not in _COMMON
+    }
+
+
+def speaks_of_text(text: str) -> bool:
+    """True if the text speaks of "the passage", "the article" and the like instead of the subject."""
+    return bool(_LEAK.search(text))
+
+
+def is_standalone(question: str, passage: str) -> bool:
+    """True if the question can be understood without the passage: it names something and speaks of no text."""
+    named = _known_words(content_words(question), passage)
+    return not speaks_of_text(question) and bool(named) and not (_DANGLING.match(question) and len(named) < 2)
+
+
+def is_about(question: str, passage: str) -> bool:
+    """True if the question stays with the passage: no name or number that the passage lacks, and mostly its words."""
+    source = passage.lower()
+    names = {word.lower() for word in re.findall(r"(?<=[^.?!:]\s)[\"'(]?([A-Z]\w+|\d[\d.,]*\d|\d)", question)}
+    words = content_words(question)
+    return all(name in source for name in names) and 2 * len(_known_words(words, passage)) >= len(words)
+
+
+def _known_words(words: set[str], passage: str) -> set[str]:
+    """The words that occur in the passage, inflected or not; words of scripts without spaces count by characters."""
+    source = passage.lower()
+    return {
+        word for word in words if word[: max(4, len(word) - 3)] in source or (word > "\u2e80" and set(word) & set(source))
+    }
+
+
+def prompts_digest() -> str:
+    """Change whenever any prompt changes: part of the settings of the stages that use them."""
+    chats = [question_chat("<passage>", "<heading>", kind, 0, "<focus>") for kind in QUESTION_KINDS]
+    return digest(json.dumps([chats, teacher_chat("<passage>", "<heading>", "<question>"), student_chat("<question>")]))
+
+
+def sentences(text: str) -> list[str]:
+    """Split a passage into sentences (at least one), in its own language if the library knows it."""
+    return [part.strip() for part in sentencex.segment("en", text) if len(part.split()) > 2] or [text.strip()]

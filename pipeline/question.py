@@ -1,0 +1,171 @@
+"""Passage -> Question: the base model reads a passage and writes a quota of questions about it.
+
+In: one shard of passages per unit. Out: questions in the order of their passages; what cannot be used is Rejected.
+Ids name the slot (passage, kind, round, call, ordinal), not the sampled text. An open quota is asked for again with
+other seeds for a bounded number of rounds.
+"""
+
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+from pipeline.base_model import BaseModel
+from pipeline.config import Cluster, Config, Model, QuestionKind, QuestionSection
+from pipeline.engine import Engine, render_chat
+from pipeline.prompts import (
+    is_about,
+    is_standalone,
+    normalise,
+    parse_questions,
+    prompts_digest,
+    question_chat,
+    questions_schema,
+    sentences,
+)
+from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, to_table
+from pipeline.stage import Actors, run_stage
+from pipeline.store import Stage, Unit
+
+
+class Call(NamedTuple):
+    """One request for `count` questions."""
+
+    passage_id: str
+    kind: QuestionKind
+    round: int
+    ordinal: int
+
+    def request_id(self, seed: int) -> str:
+        return digest(*self, seed)
+
+
+def write_questions(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
+    """Run the stage and return its manifest; it needs the complete chunk stage."""
+    passages = Stage(config.run_dir, "chunk", PASSAGE)
+    return run_stage(
+        Stage(config.run_dir, "question", QUESTION),
+        {
+            "question": config.question.model_dump(),
+            "model": base.identity(),
+            "prompts": prompts_digest(),
+            "input": passages.require()["data_digest"],
+        },
+        [{"name": shard.removesuffix(".parquet")} for shard in passages.shards()],
+        QuestionWriter,
+        {"run_dir": config.run_dir, "settings": config.question, "model": config.model, "cluster": config.cluster},
+        Actors(config.cluster.num_engines, config.cluster.engine_cpus, config.cluster.engine_gpus),
+        config.max_reject_share,
+        redo,
+    )
+
+
+class QuestionWriter:
+    """Owns an engine; one unit is one shard of passages."""
+
+    def __init__(self, run_dir: str, settings: QuestionSection, model: Model, cluster: Cluster) -> None:
+        self._passages = Stage(run_dir, "chunk", PASSAGE)
+        self._questions = Stage(run_dir, "question", QUESTION)
+        self._settings = settings
+        self._engine = Engine(model, cluster)
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
+        quotas = [_Quota(passage, self._settings) for passage in passages]
+        before = self._engine.stats
+        for round_ in range(self._settings.max_rounds):
+            calls = [(quota, call) for quota in quotas for call in quota.open_calls(round_)]
+            self._ask(calls)
+        questions = [question for quota in quotas for question in quota.questions]
+        rejected = [row for quota in quotas for row in quota.rejected]
+        return self._questions.commit(
+            unit["name"],
+            [to_table(questions, QUESTION)],
+            rejected,
+            rows_in=len(questions) + len(rejected),
+            stats=self._engine.stats.since(before)
+            | {"passages": len(quotas), "passages_full": sum(quota.is_full for quota in quotas)},
+        )
+
+    def _ask(self, calls: list[tuple["_Quota", Call]]) -> None:
+        engine, settings = self._engine, self._settings
+        room = engine.max_model_len - settings.max_tokens
+        prompts, asked = [], []
+        for quota, call in calls:
+            prompt = render_chat(engine.tokenizer, quota.chat(call))
+            if len(prompt) > room:
+                quota.give_up(call, len(prompt), room)
+            else:
+                prompts.append(prompt)
+                asked.append((quota, call))
+        replies = engine.complete(
+            prompts,
+            [int(call.request_id(settings.seed)[:8], 16) for _, call in asked],
+            settings,
+            settings.max_tokens,
+            json_schema=questions_schema(settings.per_call) if settings.structured else None,
+        )
+        for (quota, call), reply in zip(asked, replies, strict=True):
+            quota.take(call, reply.text)
+
+
+class _Quota:
+    """The questions of one passage: how many of each kind are still wanted, what was kept and what rejected."""
+
+    def __init__(self, passage: dict[str, Any], settings: QuestionSection) -> None:
+        self._passage = passage
+        self._settings = settings
+        share, rest = divmod(settings.per_passage, len(settings.kinds))
+        self._open = {kind: share + (index < rest) for index, kind in enumerate(settings.kinds)}
+        self._sentences = sentences(passage["text"])
+        self._asked = Counter[QuestionKind]()
+        self._seen: set[str] = set()
+        self.questions: list[Question] = []
+        self.rejected: list[Rejected] = []
+
+    @property
+    def is_full(self) -> bool:
+        return not any(self._open.values())
+
+    def open_calls(self, round_: int) -> list[Call]:
+        return [
+            Call(self._passage["passage_id"], kind, round_, ordinal)
+            for kind, count in self._open.items()
+            for ordinal in range(math.ceil(count / self._settings.per_call))
+        ]
+
+    def chat(self, call: Call) -> list[dict[str, str]]:
+        passage = self._passage
+        # Every kind starts at another sentence, so that a small quota still spreads over the passage.
+        turn = self._settings.kinds.index(call.kind) + self._asked[call.kind]
+        self._asked[call.kind] += 1
+        focus = self._sentences[turn % len(self._sentences)]
+        return question_chat(passage["text"], passage["heading"], call.kind, self._settings.per_call, focus)
+
+    def give_up(self, call: Call, prompt_tokens: int, room: int) -> None:
+        """Reject a call whose prompt leaves no room for a reply; the kind is asked for no more."""
+        self._open[call.kind] = 0
+        self._reject(call.request_id(self._settings.seed), "too_long", f"prompt of {prompt_tokens} tokens, room for {room}")
+
+    def take(self, call: Call, reply: str) -> None:
+        request_id = call.request_id(self._settings.seed)
+        texts = parse_questions(reply)
+        if not texts:
+            self._reject(request_id, "unparsable", reply[:200])
+        about = f"{self._passage['heading']} {self._passage['text']}"
+        for ordinal, text in enumerate(texts):
+            question_id = digest(request_id, ordinal)
+            if not is_standalone(text, about):
+                self._reject(question_id, "not_standalone", text)
+            elif not is_about(text, about):
+                self._reject(question_id, "off_passage", text)
+            elif (key := normalise(text)) in self._seen:
+                self._reject(question_id, "duplicate_question", text)
+            elif self._open[call.kind]:
+                self._open[call.kind] -= 1
+                self._seen.add(key)
+                self.questions.append(Question(question_id, call.passage_id, call.kind, text))
+            else:
+                self._reject(question_id, "over_quota", text)
+
+    def _reject(self, record_id: str, reason: Any, detail: str) -> None:
+        self.rejected.append(Rejected("question", record_id, reason, detail))

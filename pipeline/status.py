@@ -1,0 +1,93 @@
+"""What a run directory says about its run, from any terminal or machine, also while it runs.
+
+In: the config (for its run directory). Out: rows, rejects with reasons, tokens/s and bytes of every stage.
+"""
+
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
+from pipeline.store import Stage
+
+SCHEMAS = {
+    "read": DOCUMENT,
+    "dedup": DOCUMENT,
+    "chunk": PASSAGE,
+    "question": QUESTION,
+    "answer": ANSWER,
+    "filter": ANSWER,
+    "train": ANSWER,
+    "evaluate": ANSWER,
+}
+
+
+def read_status(config: Config) -> dict[str, Any]:
+    """Return one entry per stage that was begun: its state, totals so far, and how many units are left."""
+    stages: dict[str, Any] = {}
+    previous_shards: int | None = None
+    for name, schema in SCHEMAS.items():
+        stage = Stage(config.run_dir, name, schema)
+        if stage.folder.read_json("settings.json") is None:
+            continue
+        manifest = stage.manifest()
+        totals = manifest or stage.totals()
+        entry = {key: totals[key] for key in ("rows_in", "rows_out", "rejected", "bytes", "seconds") if key in totals}
+        entry["state"] = "complete" if manifest else "unfinished"
+        if manifest is None and name in ("dedup", "chunk", "question", "answer", "filter") and previous_shards:
+            entry["units_left"] = previous_shards - len(stage.committed())
+        if tokens := totals["stats"].get("output_tokens"):
+            entry["output_tokens"] = tokens
+            entry["tokens_per_s"] = round(tokens / max(totals["stats"]["engine_seconds"], 1e-9), 1)
+        if progress := stage.folder.read_json("progress.json"):
+            entry["progress"] = progress
+        previous_shards = len(stage.shards()) if name in ("read", "dedup") else len(stage.committed()) or None
+        if name == "chunk":
+            previous_shards = len(stage.shards())
+        stages[name] = entry
+    return {"run_dir": config.run_dir, "stages": stages}
+
+
+def summarise(config: Config) -> dict[str, Any]:
+    """Return the figures of a complete run that people compare."""
+    manifests = {name: Stage(config.run_dir, name, schema).require() for name, schema in SCHEMAS.items()}
+    question, answer, kept = manifests["question"], manifests["answer"], manifests["filter"]
+    stats, training, evaluation = answer["stats"], manifests["train"]["training"], manifests["evaluate"]
+    answer_tokens = max(1, stats["output_tokens"])
+    rejected: dict[str, dict[str, int]] = {n: m["rejected"] for n, m in manifests.items() if m["rejected"]}
+    return {
+        "scores": evaluation.get("scores", {}),
+        "gap_closed": evaluation.get("gap_closed"),
+        "kl_to_teacher": evaluation.get("kl_to_teacher"),
+        "counts": {
+            "documents": manifests["dedup"]["rows_out"],
+            "passages": manifests["chunk"]["rows_out"],
+            "questions": question["rows_out"],
+            "answers": kept["rows_out"],
+            "rejected": rejected,
+        },
+        "questions_per_passage": round(question["rows_out"] / max(1, manifests["chunk"]["rows_out"]), 2),
+        "coverage": {
+            "passages_with_full_quota": _share(question["stats"], "passages_full", "passages"),
+            "sentences_touched": _share(kept["stats"], "sentences_touched", "sentences"),
+        },
+        "bytes_per_answer_token": round(answer["bytes"] / answer_tokens, 1),
+        "tail_mass": round(stats["tail_mass_sum"] / answer_tokens, 4),
+        "prefix_hit_rate": {
+            name: _share(manifests[name]["stats"], "cached_tokens", "prompt_tokens") for name in ("question", "answer")
+        },
+        "tokens_per_s": {
+            "question": _rate(question["stats"]),
+            "answer": _rate(stats),
+            "training": training["tokens_per_s"],
+        },
+        "training": training,
+        "seconds": {name: manifest["seconds"] for name, manifest in manifests.items()},
+    }
+
+
+def _share(stats: dict[str, float], part: str, whole: str) -> float:
+    return round(stats[part] / max(1, stats[whole]), 4)
+
+
+def _rate(stats: dict[str, float]) -> float:
+    return round(stats["output_tokens"] / max(stats["engine_seconds"], 1e-9), 1)

@@ -1,0 +1,289 @@
+"""The run directory: what stands at a border between two stages, on a local disk or in a bucket.
+
+In: tables of one unit of work. Out: Parquet shards, one JSON file per committed unit, and a manifest per stage, last.
+A unit's shards appear before its JSON file and the manifest after every unit, so what is not listed does not exist:
+a killed run redoes the units without a JSON file and touches no other.
+
+    RUN/config.json                          the resolved config of the last call
+    RUN/<stage>/settings.json                what the stage was begun with
+    RUN/<stage>/data/<unit>-<n>.parquet      rows
+    RUN/<stage>/rejected/<unit>.parquet      rejected rows of the unit, if any
+    RUN/<stage>/units/<unit>.json            counts and shard names: the unit is committed
+    RUN/<stage>/manifest.json                settings, inputs and totals: the stage is complete
+"""
+
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipeline.schema import REJECTED, Rejected, digest, to_table
+
+
+def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return the filesystem and the path on it of a local path or an s3:// or gs:// URI; ValueError if it is neither."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri!r} is no usable URI ({error}); give a local path, s3:// or gs://") from error
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A committed unit of work: `rows_in` = `rows_out` + the sum of `rejected`, unless one row makes several."""
+
+    name: str
+    rows_in: int
+    rows_out: int
+    rejected: dict[str, int]
+    shards: list[str]
+    bytes: int
+    stats: dict[str, float] = field(default_factory=dict)  # added up over the units of a stage
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on any filesystem, with writes that appear whole or not at all."""
+
+    uri: str
+
+    def __truediv__(self, name: str) -> "Folder":
+        base, query, parameters = self.uri.partition("?")
+        return Folder(f"{base.rstrip('/')}/{name}{query}{parameters}")
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with _Atomic(self, name) as stream:
+            stream.write(data)
+
+    def read_bytes(self, name: str) -> bytes:
+        filesystem, path = open_uri(self.uri)
+        with filesystem.open_input_stream(f"{path}/{name}") as stream:
+            return stream.read()
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def read_json(self, name: str) -> Any:
+        """Return the parsed file, or None where there is none."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except FileNotFoundError:
+            return None
+
+    def list(self) -> list[str]:
+        """Return the sorted names of the files in this folder, without unfinished ones."""
+        filesystem, path = open_uri(self.uri)
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return sorted(
+            info.base_name for info in infos if info.is_file and not info.base_name.startswith(".")
+        )
+
+    def delete_file(self, name: str) -> None:
+        filesystem, path = open_uri(self.uri)
+        filesystem.delete_file(f"{path}/{name}")
+
+    def delete(self) -> None:
+        filesystem, path = open_uri(self.uri)
+        if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+            filesystem.delete_dir(path)
+
+
+class _Atomic:
+    """Write a file under a temporary name and move it into place; a bucket's own upload already appears whole."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._filesystem, path = open_uri(folder.uri)
+        self._path = f"{path}/{name}"
+        self._is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
+        self._written = f"{path}/.{name}.{uuid.uuid4().hex}" if self._is_local else self._path
+        if self._is_local:
+            os.makedirs(path, exist_ok=True)
+
+    def __enter__(self) -> pa.NativeFile:
+        self._stream = self._filesystem.open_output_stream(self._written)
+        return self._stream
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            # Closing would publish a bucket's half-written object, so it is left open and its upload expires.
+            if self._is_local:
+                self._stream.close()
+                os.unlink(self._written)
+            return
+        self._stream.close()
+        if self._is_local:
+            os.replace(self._written, self._path)
+
+
+def check_table(table: pa.Table, schema: pa.Schema, where: str) -> None:
+    """Raise ValueError unless the table has exactly this schema and no null: Arrow itself would let both pass."""
+    if not table.schema.equals(schema):
+        raise ValueError(f"{where}: schema is {table.schema}, expected {schema}")
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count:
+            raise ValueError(f"{where}: column {name!r} has {column.null_count} nulls")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's folder in a run directory."""
+
+    run_dir: str
+    name: str
+    schema: pa.Schema
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(self.run_dir) / self.name
+
+    def commit(
+        self,
+        unit: str,
+        tables: Iterable[pa.Table],
+        rejected: list[Rejected],
+        rows_in: int | Callable[[], int],
+        stats: dict[str, float] | None = None,
+    ) -> Unit:
+        """Write a unit's shards, one per table, then its JSON file; empty tables give no shard.
+
+        `tables` may be a generator, so that a unit larger than memory passes through; `rejected`,
+        `stats` and a callable `rows_in` are looked at only after it has ended.
+        """
+        shards, rows_out, num_bytes = [], 0, 0
+        for table in tables:
+            if not table.num_rows:
+                continue
+            name = f"{unit}-{len(shards):05d}.parquet"
+            num_bytes += self._write(self.folder / "data", name, table, self.schema)
+            rows_out += table.num_rows
+            shards.append(name)
+        if rejected:
+            self._write(self.folder / "rejected", f"{unit}.parquet", to_table(list(rejected), REJECTED), REJECTED)
+        reasons = dict(Counter(row.reason for row in rejected))
+        rows_in = rows_in() if callable(rows_in) else rows_in
+        done = Unit(unit, rows_in, rows_out, reasons, shards, num_bytes, stats or {})
+        (self.folder / "units").write_json(f"{unit}.json", asdict(done))
+        return done
+
+    def _write(self, folder: Folder, name: str, table: pa.Table, schema: pa.Schema) -> int:
+        check_table(table, schema, f"{self.name}/{name}")
+        with _Atomic(folder, name) as stream:
+            pq.write_table(table, stream, compression="zstd")
+            return stream.tell()
+
+    def committed(self) -> set[str]:
+        """Return the names of the committed units, without reading them."""
+        return {name.removesuffix(".json") for name in (self.folder / "units").list()}
+
+    def units(self) -> Iterator[Unit]:
+        """Yield the committed units in order of their names."""
+        folder = self.folder / "units"
+        for name in folder.list():
+            yield Unit(**folder.read_json(name))
+
+    def unit(self, name: str) -> Unit:
+        """Return one committed unit."""
+        return Unit(**(self.folder / "units").read_json(f"{name}.json"))
+
+    def read_unit(self, name: str) -> pa.Table:
+        """Return all rows of one committed unit."""
+        return pa.concat_tables([self.schema.empty_table(), *map(self.read_shard, self.unit(name).shards)])
+
+    def shards(self) -> list[str]:
+        """Return the names of the committed shards, in order."""
+        return [shard for unit in self.units() for shard in unit.shards]
+
+    def read_shard(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        filesystem, path = open_uri((self.folder / "data").uri)
+        return pq.read_table(f"{path}/{name}", filesystem=filesystem, columns=columns)
+
+    def read_rejected(self) -> pa.Table:
+        filesystem, path = open_uri((self.folder / "rejected").uri)
+        tables = [
+            pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in (self.folder / "rejected").list()
+        ]
+        return pa.concat_tables([REJECTED.empty_table(), *tables])
+
+    def manifest(self) -> dict[str, Any] | None:
+        """Return the manifest of the complete stage, or None."""
+        return self.folder.read_json("manifest.json")
+
+    def require(self) -> dict[str, Any]:
+        """Return the manifest; ValueError if the stage is not complete."""
+        manifest = self.manifest()
+        if manifest is None:
+            raise ValueError(f"stage {self.name} in {self.run_dir} is not complete; run it first")
+        return manifest
+
+    def open(self, settings: dict[str, Any], redo: bool = False) -> bool:
+        """Prepare the stage for work with these settings; return False if it is already complete with them.
+
+        `settings` holds all that decides the stage's rows, its inputs' digests included. Raises ValueError that names
+        the differing setting if the folder was begun with others; with `redo` it is emptied instead.
+        """
+        begun = self.folder.read_json("settings.json")
+        settings = json.loads(json.dumps(settings))
+        if begun is not None and begun != settings:
+            if not redo:
+                raise ValueError(
+                    f"stage {self.name} in {self.run_dir} was made with other settings: "
+                    f"{'; '.join(_differences(begun, settings))}. Restore them, choose another run_dir, or pass --redo"
+                )
+            self.folder.delete()
+            begun = None
+        if begun is None:
+            self.folder.write_json("settings.json", settings)
+        return self.manifest() is None
+
+    def totals(self) -> dict[str, Any]:
+        """Add up the committed units."""
+        rows_in = rows_out = num_bytes = 0
+        rejected: Counter[str] = Counter()
+        stats: Counter[str] = Counter()
+        for unit in self.units():
+            rows_in += unit.rows_in
+            rows_out += unit.rows_out
+            num_bytes += unit.bytes
+            rejected.update(unit.rejected)
+            stats.update(unit.stats)
+        return {
+            "rows_in": rows_in,
+            "rows_out": rows_out,
+            "rejected": dict(rejected),
+            "bytes": num_bytes,
+            "stats": dict(stats),
+        }
+
+    def close(self, seconds: float, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Write the manifest: settings, totals over all units and the digest of the data; return it.
+
+        `seconds` are those of the call that completed the stage.
+        """
+        settings = self.folder.read_json("settings.json")
+        manifest = {
+            "stage": self.name,
+            "settings": settings,
+            **self.totals(),
+            "seconds": round(seconds, 3),
+            "data_digest": digest(json.dumps(settings, sort_keys=True), *self.shards()),
+            **(extra or {}),
+        }
+        self.folder.write_json("manifest.json", manifest)
+        return manifest
+
+
+def _differences(begun: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    if isinstance(begun, dict) and isinstance(wanted, dict):
+        for key in sorted(begun.keys() | wanted.keys()):
+            yield from _differences(begun.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif begun != wanted:
+        yield f"{name} was {begun!r}, is now {wanted!r}"

@@ -1,0 +1,110 @@
+"""The student: base model + LoRA adapter, and its loss on packed answers; with the adapter off, also the online teacher.
+
+In: a base-model folder, packed samples and a teacher signal. Out: the summed loss of a micro-batch, or KL per answer.
+The decoder and the output matrix are called apart, so that logits exist at answer positions only, chunk by chunk.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import numpy as np
+import pyarrow as pa
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from pipeline.batch import Packed, pack, plan_epoch, samples_of, topk_of
+from pipeline.config import Lora, Train
+from pipeline.loss import Signal, TopK, answer_losses
+
+
+def load_base(path: str) -> Any:
+    """Load the base model in bf16, frozen."""
+    # On a CPU, PyTorch's fused attention with a mask makes the whole step a third slower than the plain one.
+    attention = "sdpa" if torch.cuda.is_available() else "eager"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def add_adapter(base: Any, lora: Lora, base_name: str) -> PeftModel:
+    """Put a fresh bf16 adapter on every linear layer but the output; its fp32 master copy lives in the optimiser."""
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or 2 * lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    return get_peft_model(base, config, autocast_adapter_dtype=False).to(torch.bfloat16)  # type: ignore[return-value]
+
+
+class Student(nn.Module):
+    """What DeepSpeed trains: the forward pass is the loss."""
+
+    def __init__(self, model: PeftModel, loss_chunk: int) -> None:
+        super().__init__()
+        self.model = model
+        self._loss_chunk = loss_chunk
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """Return the decoder's last hidden states at the answer positions, bf16 [A, d]."""
+        decoder = self.model.get_base_model().get_decoder()
+        states = decoder(
+            input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask
+        ).last_hidden_state  # [rows, L, d]
+        return states.flatten(0, 1)[packed.answer_index]
+
+    def forward(self, packed: Packed, signal: Signal) -> Tensor:
+        """Return the loss of every answer token, float32 [A]."""
+        hidden = self.hidden(packed)
+        weight = self.model.get_base_model().get_output_embeddings().weight
+        # Under ZeRO 3 the matrix is whole only inside this context; elsewhere it does nothing.
+        with deepspeed.zero.GatheredParameters(weight):
+            return answer_losses(hidden, weight, signal, self._loss_chunk)
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Be the base model, without gradients."""
+        with torch.no_grad(), self.model.disable_adapter():
+            yield
+
+
+class KlScorer:
+    """A student for measuring only: the base model with a trained adapter, or with none."""
+
+    def __init__(self, train: Train, base_path: str, num_threads: int, adapter: str | None = None) -> None:
+        """Load both; `adapter` is a local PEFT folder."""
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._device.type == "cpu":
+            torch.set_num_threads(num_threads)
+        base = load_base(base_path)
+        model = PeftModel.from_pretrained(base, adapter) if adapter else add_adapter(base, train.lora, base_path)
+        self._student = Student(model, train.loss_chunk).to(self._device)
+        self._train = train
+
+    def initial_kl(self, answers: pa.Table) -> np.ndarray:
+        """Like `kl`, with the adapter off."""
+        with self._student.adapter_off():
+            return self.kl(answers)
+
+    def kl(self, answers: pa.Table) -> np.ndarray:
+        """Return each answer's mean KL to the stored teacher over its tokens, in nats at temperature 1, [answers]."""
+        settings = self._train
+        samples = samples_of(answers)
+        lengths = np.asarray([sample.length for sample in samples])
+        result = np.zeros(len(samples))
+        for rows in plan_epoch(lengths, settings.row_tokens * settings.micro_rows, settings.row_tokens, seed=0):
+            order = [index for row in rows for index in row]
+            packed = pack([samples[index] for index in order], [len(row) for row in rows]).to(self._device)
+            ids, logprobs = topk_of(answers.take(pa.array(order, pa.int64())), len(packed.answer_index))
+            with torch.no_grad():
+                losses = self._student(packed, TopK(ids.to(self._device), logprobs.to(self._device))).cpu().numpy()
+            ends = np.cumsum([len(samples[index].answer_ids) for index in order])
+            for index, part in zip(order, np.split(losses, ends[:-1]), strict=True):
+                result[index] = part.mean()
+        return result
