@@ -16,7 +16,7 @@ STAGES = ("read", "chunk", "question", "answer", "filter", "train", "evaluate", 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("command", choices=["run", *STAGES, "status", "plan"], help="all stages, one, or a question")
     parser.add_argument("config", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")

@@ -21,7 +21,7 @@ from pipeline.store import Stage
 from pipeline.student import Student, add_adapter, load_base
 
 NUM_CHECKED = 16
-# bf16 logits of size 20 differ by up to 0.06 between two implementations; a wrong template moves the mean by whole nats.
+# bf16 logits of size 20 differ by up to 0.06 between two implementations; a wrong template moves the mean by nats.
 MAX_MEAN_DIFFERENCE = 0.2
 
 

@@ -13,7 +13,7 @@ from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Cluster, Config, Model
 from pipeline.engine import Completion, Engine, render_chat
 from pipeline.prompts import prompts_digest, student_chat, teacher_chat
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
 from pipeline.stage import Actors, run_stage
 from pipeline.store import Stage, Unit
 
@@ -72,7 +72,7 @@ def answer_questions(
 ) -> tuple[pa.Table, list[Rejected]]:
     """Answer every question `settings.per_question` times; return the ANSWER table and what did not fit."""
     room = engine.max_model_len - settings.max_tokens
-    rows, prompts, seeds, rejected = [], [], [], []
+    rows, prompts, rejected = [], [], []
     for question in questions:
         passage = passages[question["passage_id"]]
         prompt = render_chat(engine.tokenizer, teacher_chat(passage["text"], passage["heading"], question["text"]))
@@ -85,8 +85,9 @@ def answer_questions(
                 continue
             rows.append((answer_id, question, render_chat(engine.tokenizer, student_chat(question["text"]))))
             prompts.append(prompt)
-            seeds.append(int(answer_id[:8], 16))
-    completions = engine.complete(prompts, seeds, settings, settings.max_tokens, settings.top_k)
+    completions = engine.complete(
+        prompts, seed_of(settings.seed, *(row[0] for row in rows)), settings, settings.max_tokens, settings.top_k
+    )
     return _answer_table(rows, completions), rejected
 
 

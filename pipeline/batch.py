@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -48,8 +48,13 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         """Return the same on another device."""
-        tensors = (self.input_ids, self.position_ids, self.attention_mask, self.answer_index)
-        return Packed(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.num_tokens)
+        return Packed(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.attention_mask.to(device),
+            self.answer_index.to(device),
+            self.num_tokens,
+        )
 
 
 class AnswerData:
@@ -65,7 +70,8 @@ class AnswerData:
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
         self._prompt_tokens, self._answer_tokens = (
-            np.asarray(pyarrow.compute.list_value_length(self.table[name])) for name in ("prompt_ids", "answer_ids")
+            np.asarray(pc.call_function("list_value_length", [self.table[name]]))
+            for name in ("prompt_ids", "answer_ids")
         )
 
     def __len__(self) -> int:

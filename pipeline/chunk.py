@@ -1,8 +1,8 @@
 """Documents -> Passages: as long as the token limit allows, cut where the Markdown says.
 
-In: the stage `dedup`. Out: the stage `chunk`. The passages of a document are its text, cut: joined
-they give it back, so whitespace is not trimmed. Text without Markdown goes the same way, and is cut
-at paragraphs, sentences and words. A word is cut only if it alone is longer than the limit.
+In: the stage `dedup`. Out: the stage `chunk`. The passages of a document are its text, cut: joined they give
+it back, so whitespace is not trimmed. Text without Markdown goes the same way, and is cut at paragraphs,
+sentences and words. A word is cut only if it alone is longer than the limit.
 """
 
 import re
@@ -19,8 +19,8 @@ from semantic_text_splitter import MarkdownSplitter
 from tokenizers import Tokenizer
 
 from pipeline.config import Chunk
-from pipeline.read import UNSPACED
-from pipeline.schema import DOCUMENT, PASSAGE, Document, Passage, Record, digest, to_table
+from pipeline.dedup import UNSPACED
+from pipeline.schema import DOCUMENT, PASSAGE, Document, Passage, digest, to_table
 from pipeline.stage import Actors, run_stage
 from pipeline.store import Stage, Unit
 
@@ -45,8 +45,7 @@ def find_headings(text: str) -> list[Heading]:
     line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
     headings: list[Heading] = []
     above: list[tuple[int, str]] = []
-    tokens = BLOCKS.parse(text)
-    for token, inline in pairwise(tokens):
+    for token, inline in pairwise(BLOCKS.parse(text)):
         if token.type != "heading_open" or token.level or not token.map:
             continue
         start = line_starts[token.map[0]]
@@ -66,7 +65,7 @@ class Splitter:
     """Finds where to cut a text into passages of at most `max_tokens` tokens."""
 
     def __init__(self, tokenizer_path: str, max_tokens: int) -> None:
-        self._tokenizer = Tokenizer.from_str(read_tokenizer(tokenizer_path).decode())
+        self._tokenizer = Tokenizer.from_file(f"{tokenizer_path}/tokenizer.json")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._max_tokens = max_tokens
@@ -110,28 +109,14 @@ class Splitter:
         """Return the last of `cuts`, moved to the nearest space where both sides still fit."""
         cut = cuts[-1]
         if len(cuts) > 1 and INSIDE_WORD.match(text, cut - 1):
-            before = re.search(r"\s(?=\S*\Z)", text[max(cuts[-2], cut - MAX_WORD_CHARS) : cut])
-            after = re.search(r"\s", text[cut : min(end, cut + MAX_WORD_CHARS)])
-            if before:
-                shifted = max(cuts[-2], cut - MAX_WORD_CHARS) + before.end()
-                if self.fits(text[shifted:end]):
-                    return shifted
-            shifted = cut + after.end() if after else end
-            if shifted < end and self.fits(text[cuts[-2] : shifted]):
-                return shifted
+            first, last = max(cuts[-2], cut - MAX_WORD_CHARS), min(end, cut + MAX_WORD_CHARS)
+            before = re.search(r"\s(?=\S*\Z)", text[first:cut])
+            if before and self.fits(text[first + before.end() : end]):
+                return first + before.end()
+            after = re.search(r"\s", text[cut:last])
+            if after and cut + after.end() < end and self.fits(text[cuts[-2] : cut + after.end()]):
+                return cut + after.end()
         return cut
-
-
-def read_tokenizer(tokenizer_path: str) -> bytes:
-    """Return the bytes of tokenizer.json; ValueError if the model's folder holds none."""
-    path = Path(tokenizer_path) / "tokenizer.json"
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"model.path = {tokenizer_path!r}: cannot read {path} ({error.strerror}); give the "
-            "folder of a base model in Hugging Face format"
-        ) from error
 
 
 def _is_tiny(text: str) -> bool:
@@ -171,7 +156,7 @@ class ChunkWorker:
     def _split(self, documents: pa.Table) -> Iterator[pa.Table]:
         rows = (Document(**row) for row in documents.to_pylist())
         passages = (passage for row in rows for passage in split_document(row, self._splitter))
-        while shard := list[Record](islice(passages, self._shard_passages)):
+        while shard := list(islice(passages, self._shard_passages)):
             yield to_table(shard, PASSAGE)
 
 
@@ -180,18 +165,15 @@ def chunk_documents(
 ) -> dict[str, Any]:
     """Run the stage `chunk` and return its manifest; the tokenizer is that of the base model."""
     documents = Stage(run_dir, "dedup", DOCUMENT)
-    manifest = documents.manifest()
-    if manifest is None:
-        raise ValueError(f"stage dedup in {run_dir} is not complete; run `read` first")
-    shards = enumerate(documents.shards())
+    input_digest = documents.require()["data_digest"]
+    tokenizer = digest(Path(tokenizer_path, "tokenizer.json").read_bytes())
     return run_stage(
         Stage(run_dir, "chunk", PASSAGE),
-        config.model_dump()
-        | {"input": manifest["data_digest"], "tokenizer": digest(read_tokenizer(tokenizer_path))},
-        ({"name": f"{number:06d}", "shard": shard} for number, shard in shards),
+        config.model_dump() | {"input": input_digest, "tokenizer": tokenizer},
+        ({"name": f"{number:06d}", "shard": shard} for number, shard in enumerate(documents.shards())),
         ChunkWorker,
         {"run_dir": run_dir, "config": config, "tokenizer_path": tokenizer_path},
-        Actors(count=max(1, int(ray.cluster_resources().get("CPU", 1)))),
+        Actors(int(ray.cluster_resources().get("CPU", 1))),
         max_reject_share,
         redo,
     )

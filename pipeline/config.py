@@ -1,8 +1,8 @@
 """One TOML file + `section.key=value` overrides -> one frozen, fully checked `Config`.
 
-In: a path and a list of overrides. Out: `Config`; a `ValueError` that names every wrong field, its value and the remedy.
-Imports no torch, ray or vllm, so that `--help` and a wrong key answer at once. Relative paths count from the current
-directory, not from the file.
+In: a path and a list of overrides. Out: `Config`, or a `ValueError` that names every wrong field, value, remedy.
+Imports no torch, ray or vllm, so that `--help` and a wrong key answer at once. Relative paths count from the
+current directory, not from the file.
 """
 
 import difflib
@@ -17,12 +17,33 @@ QuestionKind = Literal["fact", "definition", "detail", "comparison", "summary", 
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
 ENGINE_KEYS_SET_HERE = frozenset(
-    "model tokenizer dtype seed max_model_len max_logprobs logprobs_mode enable_lora max_loras max_lora_rank "
-    "tensor_parallel_size gpu_memory_utilization enable_prefix_caching".split()
+    [
+        "model",
+        "tokenizer",
+        "dtype",
+        "seed",
+        "max_model_len",
+        "max_logprobs",
+        "logprobs_mode",
+        "enable_lora",
+        "max_loras",
+        "max_lora_rank",
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+        "enable_prefix_caching",
+    ]
 )
 DEEPSPEED_KEYS_SET_HERE = frozenset(
-    "bf16 fp16 gradient_clipping gradient_accumulation_steps optimizer scheduler train_batch_size "
-    "train_micro_batch_size_per_gpu".split()
+    [
+        "bf16",
+        "fp16",
+        "gradient_clipping",
+        "gradient_accumulation_steps",
+        "optimizer",
+        "scheduler",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+    ]
 )
 
 
@@ -78,7 +99,8 @@ class Sampling(Section):
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the smallest set of tokens that holds this much probability."""
+    """Sample from the smallest set of tokens that holds this much probability; below 1 the vocabulary is sorted,
+    which is slow on a CPU."""
     sampling_top_k: int = Field(default=0, ge=0)
     """Sample from this many most likely tokens; 0: from all."""
 
@@ -94,12 +116,12 @@ class QuestionSection(Sampling):
     """Force replies into a JSON list of strings; helps larger models, costs the smallest ones variety."""
     max_rounds: int = Field(default=4, ge=1)
     """Times a passage with an open quota is asked again, each time with another seed."""
-    max_tokens: int = Field(default=320, ge=32)
+    max_tokens: int = Field(default=192, ge=32)
     """Longest reply."""
     temperature: float = Field(default=0.8, ge=0, le=2)
     """Sampling temperature; 0 is greedy."""
     seed: int = 0
-    """Seed from which every request's own seed is derived."""
+    """Seed from which the seed of every batch of requests is derived."""
 
 
 class AnswerSection(Sampling):
@@ -112,7 +134,7 @@ class AnswerSection(Sampling):
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature; 0 is greedy. The stored log-probabilities are always those of temperature 1."""
     seed: int = 0
-    """Seed from which every request's own seed is derived."""
+    """Seed from which the seed of every batch of requests is derived."""
 
 
 class FilterSection(Section):
@@ -121,7 +143,7 @@ class FilterSection(Section):
     reject_leak_phrases: bool = True
     """Reject answers that speak of "the text" or "the passage", which the student would copy."""
     min_initial_kl: float | None = Field(default=None, ge=0)
-    """Drop answers on which the closed-book model already agrees with the teacher: mean KL per token in nats below this."""
+    """Drop answers on which the closed-book model agrees with the teacher: mean KL per token, in nats, below this."""
 
 
 class Lora(Section):
@@ -135,7 +157,7 @@ class Lora(Section):
 
 class Train(Section):
     teacher: Literal["stored", "online", "sft"] = "stored"
-    """Signal: the stored top-k, the same weights with the passage in the prompt, or the answer tokens as hard labels."""
+    """Signal: the stored top-k, the same weights with the passage in the prompt, or the answer's own tokens."""
     lora: Lora = Lora()
     epochs: int = Field(default=4, ge=1)
     """Passes over the answers."""
@@ -222,6 +244,9 @@ class Cluster(Section):
     worker_cpus: int = Field(default=2, ge=1)
     """CPU cores per training worker."""
 
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Price of the whole cluster for an hour, in any currency; `plan` then says what the run costs."""
+
 
 class Config(Section):
     run_dir: str
@@ -286,7 +311,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         elif item["type"] == "missing":
             yield f"{field} is missing; it has no default and must be chosen"
         elif item["type"] == "value_error":
-            yield f"{field}: {item['ctx']['error']}"
+            yield f"{field}: {item.get('ctx', {}).get('error')}"
         else:
             yield f"{field} = {item['input']!r}: {item['msg']}"
 

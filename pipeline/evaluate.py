@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import ray
 
 from pipeline.base_model import BaseModel
@@ -118,10 +118,10 @@ def _answer_arms(config: Config, questions: list[TestQuestion]) -> tuple[dict[st
     if rejected:
         raise ValueError(f"evaluate.questions: {len(rejected)} contexts are too long, the first: {rejected[0].detail}")
     prompts = [render_chat(engine.tokenizer, student_chat(question.question)) for question in questions]
-    greedy, seeds = Sampling(temperature=0.0), [0] * len(prompts)
+    greedy = Sampling(temperature=0.0)
 
     def answer(adapter: str | None) -> list[str]:
-        completions = engine.complete(prompts, seeds, greedy, config.evaluate.max_tokens, adapter=adapter)
+        completions = engine.complete(prompts, 0, greedy, config.evaluate.max_tokens, adapter=adapter)
         return [completion.text.strip() for completion in completions]
 
     with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
@@ -137,7 +137,7 @@ def _held_out_kl(config: Config, base_path: str, gold: pa.Table) -> dict[str, fl
     with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
         copy_adapter(config, folder)
         scorer = KlScorer(config.train, base_path, config.cluster.worker_cpus, folder)
-        tokens = np.asarray(pyarrow.compute.list_value_length(gold["answer_ids"]))
+        tokens = np.asarray(pc.call_function("list_value_length", [gold["answer_ids"]]))
         before, after = scorer.initial_kl(gold), scorer.kl(gold)
     return {
         "closed_book": float(np.average(before, weights=tokens)),

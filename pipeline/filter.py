@@ -77,9 +77,7 @@ class AnswerFilter:
         )
 
 
-def find_reasons(
-    answers: pa.Table, questions: dict[str, str], settings: FilterSection
-) -> list[REASONS | None]:
+def find_reasons(answers: pa.Table, questions: dict[str, str], settings: FilterSection) -> list[REASONS | None]:
     """Return for every answer why it is rejected, or None; `questions` maps question ids to texts."""
     seen: set[tuple[str, str]] = set()
     reasons: list[REASONS | None] = []

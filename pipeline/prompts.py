@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import sentencex
+from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue]
 
 from pipeline.config import QUESTION_KINDS, QuestionKind
 from pipeline.schema import digest
@@ -20,8 +20,8 @@ Chat = list[dict[str, str]]
 # Invented, so that a small model that copies the example instead of following it can be caught.
 _EXAMPLE_SENTENCES = (
     "The Halden Bridge crosses the River Orla at Marrow Point.",
-    "It was designed by the engineer Ida Voss and opened on 4 May 1931, after three years of work that cost 2.4 million "
-    "crowns.",
+    "It was designed by the engineer Ida Voss and opened on 4 May 1931, after three years of work that cost "
+    "2.4 million crowns.",
     "At 412 metres it was the longest steel arch in the country until 1958.",
     "Unlike the older Tarn Bridge, which carries only trains, the Halden Bridge carries road traffic and a footpath.",
     "Fishermen use its lamps to find the harbour at night.",
@@ -96,8 +96,8 @@ _KINDS: dict[QuestionKind, _Kind] = {
 
 _LEAK = re.compile(
     r"\b(?:the|this|that|given|provided|above|following)\s+"
-    r"(?:(?:given|provided|above|following|short)\s+)?(?:text|passage|article|context|document|excerpt|paragraph|author|"
-    r"writer|information (?:given|provided|above))\b"
+    r"(?:(?:given|provided|above|following|short)\s+)?(?:text|passage|article|context|document|excerpt|paragraph|"
+    r"author|writer|information (?:given|provided|above))\b"
     r"|\b(?:mentioned|described|stated|provided|listed|given) (?:above|here)\b",
     re.IGNORECASE,
 )
@@ -109,18 +109,94 @@ _DANGLING = re.compile(
 _ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(.+)$")
 _WORD = re.compile(r"\w+", re.UNICODE)
 _COMMON = frozenset(
-    "about after also been before being between both could does doing during each from have having into just like made "
-    "main make many more most much name only other over same should some such take than that their them then there "
-    "these they this those through under used very were what when where which while whom whose will with work would "
-    "your important known kind type people thing things between different happened following role purpose".split()
+    [
+        "about",
+        "after",
+        "also",
+        "been",
+        "before",
+        "being",
+        "between",
+        "both",
+        "could",
+        "does",
+        "doing",
+        "during",
+        "each",
+        "from",
+        "have",
+        "having",
+        "into",
+        "just",
+        "like",
+        "made",
+        "main",
+        "make",
+        "many",
+        "more",
+        "most",
+        "much",
+        "name",
+        "only",
+        "other",
+        "over",
+        "same",
+        "should",
+        "some",
+        "such",
+        "take",
+        "than",
+        "that",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "through",
+        "under",
+        "used",
+        "very",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "while",
+        "whom",
+        "whose",
+        "will",
+        "with",
+        "work",
+        "would",
+        "your",
+        "important",
+        "known",
+        "kind",
+        "type",
+        "people",
+        "thing",
+        "things",
+        "between",
+        "different",
+        "happened",
+        "following",
+        "role",
+        "purpose",
+    ]
 )
 
 
 def question_chat(passage: str, heading: str, kind: QuestionKind, count: int, focus: str) -> Chat:
-    """Ask for `count` questions of one kind that the sentence `focus` answers, after one worked example of that kind."""
+    """Ask for `count` questions of one kind that the sentence `focus` answers, after a worked example of that kind."""
     example = _KINDS[kind]
     return [
-        {"role": "user", "content": _ask(_EXAMPLE_PASSAGE, "", kind, len(example.example_questions), example.example_focus)},
+        {
+            "role": "user",
+            "content": _ask(_EXAMPLE_PASSAGE, "", kind, len(example.example_questions), example.example_focus),
+        },
         {
             "role": "assistant",
             "content": "\n".join(f"{number}. {text}" for number, text in enumerate(example.example_questions, 1)),
@@ -135,8 +211,8 @@ def question_chat(passage: str, heading: str, kind: QuestionKind, count: int, fo
 def _ask(passage: str, heading: str, kind: QuestionKind, count: int, focus: str | None) -> str:
     source = f"that this sentence answers: {focus.strip()}" if focus else "about the facts above."
     return (
-        f"{_titled(passage, heading)}\n\n---\n\nWrite {count} {_KINDS[kind].instruction} {source}\nName in every question "
-        "the person, place or thing that it asks about."
+        f"{_titled(passage, heading)}\n\n---\n\nWrite {count} {_KINDS[kind].instruction} {source}\nName in every "
+        "question the person, place or thing that it asks about."
     )
 
 
@@ -145,8 +221,9 @@ def teacher_chat(passage: str, heading: str, question: str) -> Chat:
     return [
         {
             "role": "user",
-            "content": f"{_titled(passage, heading)}\n\n---\n\nUse the facts above to answer in a full sentence. State "
-            f"the facts directly as your own knowledge.\n\n{question}",
+            "content": f"{_titled(passage, heading)}\n\n---\n\nAnswer the question with the facts above, in one or two "
+            "full sentences with all names, numbers and dates. State the facts directly and never mention a text.\n\n"
+            f"Question: {question}",
         }
     ]
 
@@ -217,7 +294,9 @@ def _known_words(words: set[str], passage: str) -> set[str]:
     """The words that occur in the passage, inflected or not; words of scripts without spaces count by characters."""
     source = passage.lower()
     return {
-        word for word in words if word[: max(4, len(word) - 3)] in source or (word > "\u2e80" and set(word) & set(source))
+        word
+        for word in words
+        if word[: max(4, len(word) - 3)] in source or (word > "\u2e80" and set(word) & set(source))
     }
 
 
@@ -228,5 +307,5 @@ def prompts_digest() -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Split a passage into sentences (at least one), in its own language if the library knows it."""
-    return [part.strip() for part in sentencex.segment("en", text) if len(part.split()) > 2] or [text.strip()]
+    """Split a passage into sentences of at least three words; one that has none counts as a whole."""
+    return [part.strip() for part in segment("en", text) if len(part.split()) > 2] or [text.strip()]

@@ -22,7 +22,7 @@ from pipeline.prompts import (
     questions_schema,
     sentences,
 )
-from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, to_table
+from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, seed_of, to_table
 from pipeline.stage import Actors, run_stage
 from pipeline.store import Stage, Unit
 
@@ -99,7 +99,7 @@ class QuestionWriter:
                 asked.append((quota, call))
         replies = engine.complete(
             prompts,
-            [int(call.request_id(settings.seed)[:8], 16) for _, call in asked],
+            seed_of(*(call.request_id(settings.seed) for _, call in asked)),
             settings,
             settings.max_tokens,
             json_schema=questions_schema(settings.per_call) if settings.structured else None,
@@ -115,7 +115,9 @@ class _Quota:
         self._passage = passage
         self._settings = settings
         share, rest = divmod(settings.per_passage, len(settings.kinds))
-        self._open = {kind: share + (index < rest) for index, kind in enumerate(settings.kinds)}
+        self._open: dict[QuestionKind, int] = {
+            kind: share + (index < rest) for index, kind in enumerate(settings.kinds)
+        }
         self._sentences = sentences(passage["text"])
         self._asked = Counter[QuestionKind]()
         self._seen: set[str] = set()
@@ -144,7 +146,9 @@ class _Quota:
     def give_up(self, call: Call, prompt_tokens: int, room: int) -> None:
         """Reject a call whose prompt leaves no room for a reply; the kind is asked for no more."""
         self._open[call.kind] = 0
-        self._reject(call.request_id(self._settings.seed), "too_long", f"prompt of {prompt_tokens} tokens, room for {room}")
+        self._reject(
+            call.request_id(self._settings.seed), "too_long", f"prompt of {prompt_tokens} tokens, room for {room}"
+        )
 
     def take(self, call: Call, reply: str) -> None:
         request_id = call.request_id(self._settings.seed)

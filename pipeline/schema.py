@@ -53,6 +53,11 @@ def digest(*parts: object) -> str:
     return sha.hexdigest()[:32]
 
 
+def seed_of(*parts: object) -> int:
+    """Return a seed, 32 bits, that depends on all parts."""
+    return int(digest(*parts)[:8], 16)
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """Written by read, read by chunk. `text` is plain text or Markdown (HTML and DOCX become Markdown)."""
@@ -63,9 +68,7 @@ class Document:
     text: str
 
 
-DOCUMENT = pa.schema(
-    [("doc_id", pa.string()), ("source", pa.string()), ("title", pa.string()), ("text", pa.string())]
-)
+DOCUMENT = pa.schema([("doc_id", pa.string()), ("source", pa.string()), ("title", pa.string()), ("text", pa.string())])
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,19 @@ def ray_session(cluster: Cluster) -> Iterator[None]:
     if address:
         # Inside `ray job submit` the job's own working directory is already set.
         inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        ray.init(address, log_to_driver=False, runtime_env={} if inside_job else {"working_dir": str(_ROOT), "excludes": _EXCLUDES})
+        ray.init(
+            address,
+            log_to_driver=False,
+            runtime_env={} if inside_job else {"working_dir": str(_ROOT), "excludes": _EXCLUDES},
+        )
     else:
         cores = max(os.cpu_count() or 1, cluster.engine_cpus, cluster.worker_cpus)
         ray.init(
-            num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=_OBJECT_STORE
+            num_cpus=cores,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE,
         )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -128,7 +136,9 @@ def _map_units(
         fn_constructor_kwargs={"worker": worker, "arguments": arguments},
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(actors.count, len(todo)), max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=min(actors.count, len(todo)), max_tasks_in_flight_per_actor=2
+        ),
         num_cpus=actors.cpus,
         num_gpus=actors.gpus,
     )

@@ -18,6 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ from pipeline.schema import REJECTED, Rejected, digest, to_table
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem and the path on it of a local path or an s3:// or gs:// URI; ValueError if it is neither."""
+    """Return the filesystem and the path on it of a local path or an s3:// or gs:// URI; else ValueError."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     try:
@@ -60,9 +61,20 @@ class Folder:
         base, query, parameters = self.uri.partition("?")
         return Folder(f"{base.rstrip('/')}/{name}{query}{parameters}")
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        with _Atomic(self, name) as stream:
-            stream.write(data)
+    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a file that appears whole or not at all: moved into place on a disk, uploaded at once to a bucket."""
+        filesystem, path = open_uri(self.uri)
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            with filesystem.open_output_stream(f"{path}/{name}") as stream:
+                stream.write(data)
+            return
+        os.makedirs(path, exist_ok=True)
+        unfinished = Path(path, f".{name}.{uuid.uuid4().hex}")
+        try:
+            unfinished.write_bytes(data)
+            unfinished.replace(f"{path}/{name}")
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def read_bytes(self, name: str) -> bytes:
         filesystem, path = open_uri(self.uri)
@@ -83,9 +95,7 @@ class Folder:
         """Return the sorted names of the files in this folder, without unfinished ones."""
         filesystem, path = open_uri(self.uri)
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return sorted(
-            info.base_name for info in infos if info.is_file and not info.base_name.startswith(".")
-        )
+        return sorted(info.base_name for info in infos if info.is_file and not info.base_name.startswith("."))
 
     def delete_file(self, name: str) -> None:
         filesystem, path = open_uri(self.uri)
@@ -95,33 +105,6 @@ class Folder:
         filesystem, path = open_uri(self.uri)
         if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
             filesystem.delete_dir(path)
-
-
-class _Atomic:
-    """Write a file under a temporary name and move it into place; a bucket's own upload already appears whole."""
-
-    def __init__(self, folder: Folder, name: str) -> None:
-        self._filesystem, path = open_uri(folder.uri)
-        self._path = f"{path}/{name}"
-        self._is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
-        self._written = f"{path}/.{name}.{uuid.uuid4().hex}" if self._is_local else self._path
-        if self._is_local:
-            os.makedirs(path, exist_ok=True)
-
-    def __enter__(self) -> pa.NativeFile:
-        self._stream = self._filesystem.open_output_stream(self._written)
-        return self._stream
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            # Closing would publish a bucket's half-written object, so it is left open and its upload expires.
-            if self._is_local:
-                self._stream.close()
-                os.unlink(self._written)
-            return
-        self._stream.close()
-        if self._is_local:
-            os.replace(self._written, self._path)
 
 
 def check_table(table: pa.Table, schema: pa.Schema, where: str) -> None:
@@ -176,9 +159,11 @@ class Stage:
 
     def _write(self, folder: Folder, name: str, table: pa.Table, schema: pa.Schema) -> int:
         check_table(table, schema, f"{self.name}/{name}")
-        with _Atomic(folder, name) as stream:
-            pq.write_table(table, stream, compression="zstd")
-            return stream.tell()
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        data = buffer.getvalue()
+        folder.write_bytes(name, data)
+        return data.size
 
     def committed(self) -> set[str]:
         """Return the names of the committed units, without reading them."""
@@ -208,9 +193,7 @@ class Stage:
 
     def read_rejected(self) -> pa.Table:
         filesystem, path = open_uri((self.folder / "rejected").uri)
-        tables = [
-            pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in (self.folder / "rejected").list()
-        ]
+        tables = [pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in (self.folder / "rejected").list()]
         return pa.concat_tables([REJECTED.empty_table(), *tables])
 
     def manifest(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The student: base model + LoRA adapter, and its loss on packed answers; with the adapter off, also the online teacher.
+"""The student: base model + LoRA adapter and its loss on packed answers; with the adapter off, the online teacher.
 
 In: a base-model folder, packed samples and a teacher signal. Out: the summed loss of a micro-batch, or KL per answer.
 The decoder and the output matrix are called apart, so that logits exist at answer positions only, chunk by chunk.
@@ -53,8 +53,8 @@ class Student(nn.Module):
 
     def hidden(self, packed: Packed) -> Tensor:
         """Return the decoder's last hidden states at the answer positions, bf16 [A, d]."""
-        decoder = self.model.get_base_model().get_decoder()
-        states = decoder(
+        base: Any = self.model.get_base_model()
+        states = base.get_decoder()(
             input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask
         ).last_hidden_state  # [rows, L, d]
         return states.flatten(0, 1)[packed.answer_index]
@@ -62,7 +62,8 @@ class Student(nn.Module):
     def forward(self, packed: Packed, signal: Signal) -> Tensor:
         """Return the loss of every answer token, float32 [A]."""
         hidden = self.hidden(packed)
-        weight = self.model.get_base_model().get_output_embeddings().weight
+        base: Any = self.model.get_base_model()
+        weight = base.get_output_embeddings().weight
         # Under ZeRO 3 the matrix is whole only inside this context; elsewhere it does nothing.
         with deepspeed.zero.GatheredParameters(weight):
             return answer_losses(hidden, weight, signal, self._loss_chunk)

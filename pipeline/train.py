@@ -36,7 +36,7 @@ from pipeline.batch import AnswerData, Packed, Row, Sample, Step, pack, plan_epo
 from pipeline.config import Config
 from pipeline.loss import FullVocabulary, Labels, Signal, TopK
 from pipeline.schema import ANSWER
-from pipeline.store import Folder, Stage
+from pipeline.store import Stage
 from pipeline.student import Student, add_adapter, load_base
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -150,17 +150,16 @@ class _Loop:
             self.trainable.values(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)
-        self.micro_batches = math.ceil(
-            max(map(len, self.plan)) / self.world / self.settings.micro_rows
-        )
-        self.engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
+        self.micro_batches = math.ceil(max(map(len, self.plan)) / self.world / self.settings.micro_rows)
+        initialize: Any = deepspeed.initialize  # its annotations are narrower than what it takes
+        self.engine, self.optimizer, _, self.scheduler = initialize(
             model=student,
             model_parameters=list(self.trainable.values()),
             optimizer=optimizer,
             lr_scheduler=scheduler,
             config=self._deepspeed_config(),
         )
-        self.student: Student = self.engine.module
+        self.student = student
         self.position = _Position()
         self.history: list[dict[str, float]] = []
 
@@ -267,9 +266,7 @@ class _Loop:
             name = f"{self.position.step:08d}"
             checkpoints = self.folder / "checkpoints"
             checkpoints.write_bytes(f"{name}.safetensors", safetensors.torch.save(tensors))
-            checkpoints.write_json(
-                f"{name}.json", {"position": vars(self.position), "history": self.history}
-            )
+            checkpoints.write_json(f"{name}.json", {"position": vars(self.position), "history": self.history})
             for old in checkpoints.list():
                 if not old.startswith(name):
                     checkpoints.delete_file(old)

@@ -1,0 +1,108 @@
+"""Packing: no sample is lost, none sees another, answer positions hold the answers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.align import check_mask
+from pipeline.batch import Sample, pack, plan_epoch, rows_in_order
+
+samples_strategy = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(1, 20)).map(
+        lambda sizes: Sample(np.arange(1, sizes[0] + 1), np.arange(101, 101 + sizes[1]))
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(0, 5))
+@settings(deadline=None, max_examples=50)
+def test_a_plan_holds_every_sample_once_and_respects_the_rows(lengths: list[int], seed: int) -> None:
+    sizes = np.asarray(lengths)
+    plan = plan_epoch(sizes, batch_tokens=1024, row_tokens=256, seed=seed)
+    assert sorted(index for step in plan for row in step for index in row) == list(range(len(lengths)))
+    for step in plan:
+        assert step
+        for row in step:
+            assert sizes[row].sum() <= 256 or len(row) == 1
+        assert sum(max(1, -(-int(sizes[row].sum()) // 256)) for row in step) <= 4 or len(step) == 1
+
+
+def test_padding_stays_under_five_percent() -> None:
+    lengths = np.random.default_rng(0).integers(30, 110, 2000)
+    plan = plan_epoch(lengths, batch_tokens=4096, row_tokens=512, seed=0)
+    rows = sum(len(step) for step in plan)
+    assert 1 - lengths.sum() / (rows * 512) < 0.05
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    lengths = np.random.default_rng(0).integers(10, 100, 300)
+    plans = [plan_epoch(lengths, 1024, 256, seed) for seed in (1, 1, 2)]
+    assert plans[0] == plans[1] != plans[2]
+
+
+@given(samples_strategy, st.integers(64, 256))
+@settings(deadline=None, max_examples=50)
+def test_answer_positions_predict_the_answers(samples: list[Sample], row_tokens: int) -> None:
+    counts = rows_in_order(samples, row_tokens)
+    assert sum(counts) == len(samples)
+    packed = pack(samples, counts)
+    width = packed.input_ids.shape[1]
+    assert packed.num_tokens == sum(sample.length for sample in samples)
+    expected_inputs = np.concatenate([[s.prompt_ids[-1], *s.answer_ids[:-1]] for s in samples])
+    flat = packed.input_ids.flatten()
+    assert flat[packed.answer_index].tolist() == expected_inputs.tolist()
+    visible = packed.attention_mask[:, 0] == 0
+    seen = visible.sum(-1).flatten()[packed.answer_index]
+    positions = packed.position_ids.flatten()[packed.answer_index]
+    assert (seen == positions + 1).all(), f"a sample sees more or less than itself in rows of {width}"
+    check_mask(samples)
+
+
+def test_the_guard_sees_a_shifted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipeline.align
+
+    def shifted(samples: list[Sample], counts: list[int]) -> object:
+        packed = pack(samples, counts)
+        return type(packed)(
+            packed.input_ids, packed.position_ids, packed.attention_mask, packed.answer_index - 1, packed.num_tokens
+        )
+
+    monkeypatch.setattr(pipeline.align, "pack", shifted)
+    with pytest.raises(ValueError, match="alignment guard"):
+        check_mask([Sample(np.arange(5), np.arange(10, 14)), Sample(np.arange(3), np.arange(20, 29))])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_samples_get_the_logits_they_get_alone(attention: str) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation=attention).to(torch.bfloat16).eval()
+    rng = np.random.default_rng(0)
+    samples = [
+        Sample(rng.integers(0, 64, rng.integers(2, 9)), rng.integers(0, 64, rng.integers(1, 9))) for _ in range(7)
+    ]
+    packed = pack(samples, [3, 1, 3])
+    with torch.no_grad():
+        states = model.model(
+            input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask
+        ).last_hidden_state.flatten(0, 1)[packed.answer_index]
+        alone = [
+            model.model(
+                input_ids=torch.from_numpy(np.concatenate([s.prompt_ids, s.answer_ids[:-1]]))[None]
+            ).last_hidden_state[0, len(s.prompt_ids) - 1 :]
+            for s in samples
+        ]
+    torch.testing.assert_close(states, torch.cat(alone), rtol=0.05, atol=0.05)
+
+
+def test_no_samples_give_one_row_of_padding() -> None:
+    packed = pack([], [])
+    assert packed.input_ids.shape == (1, 1)
+    assert len(packed.answer_index) == 0

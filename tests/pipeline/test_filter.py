@@ -1,0 +1,64 @@
+"""What is rejected, why, and what coverage counts."""
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import FilterSection
+from pipeline.filter import find_reasons, measure_coverage
+from pipeline.schema import ANSWER
+
+
+def answers(*rows: tuple[str, str, str]) -> pa.Table:
+    """Build answers from (question_id, text, finish_reason)."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "answer_id": str(number),
+                "question_id": question_id,
+                "passage_id": "p",
+                "text": text,
+                "finish_reason": finish_reason,
+                "prompt_ids": [1],
+                "answer_ids": [2],
+                "topk_ids": [2],
+                "topk_logprobs": [0.0],
+            }
+            for number, (question_id, text, finish_reason) in enumerate(rows)
+        ],
+        schema=ANSWER,
+    )
+
+
+QUESTIONS = {"q": "Who built the mill?", "r": "When was the mill built?"}
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "reason"),
+    [
+        ("Rosa Lindqvist built the mill.", "stop", None),
+        ("  ...  ", "stop", "empty"),
+        ("Rosa Lindqvist built the", "length", "unfinished"),
+        ("who built the mill", "stop", "echoes_question"),
+        ("According to the passage, Rosa Lindqvist.", "stop", "leak_phrase"),
+    ],
+)
+def test_reasons(text: str, finish_reason: str, reason: str | None) -> None:
+    assert find_reasons(answers(("q", text, finish_reason)), QUESTIONS, FilterSection()) == [reason]
+
+
+def test_only_the_same_answer_to_the_same_question_is_a_duplicate() -> None:
+    table = answers(("q", "In 1874.", "stop"), ("q", "in 1874", "stop"), ("r", "In 1874.", "stop"))
+    assert find_reasons(table, QUESTIONS, FilterSection()) == [None, "duplicate_answer", None]
+
+
+def test_unfinished_and_leaking_answers_are_kept_on_request() -> None:
+    table = answers(("q", "The text says Rosa", "length"))
+    settings = FilterSection(keep_unfinished=True, reject_leak_phrases=False)
+    assert find_reasons(table, QUESTIONS, settings) == [None]
+
+
+def test_coverage_counts_sentences_that_a_pair_touches() -> None:
+    passages = {"p": {"text": "Rosa Lindqvist built the Kestrel Mill. Barley prices collapsed after the great flood."}}
+    touched = measure_coverage(passages, QUESTIONS, answers(("q", "Rosa Lindqvist built the Kestrel Mill.", "stop")))
+    assert touched == {"sentences": 2, "sentences_touched": 1}
+    assert measure_coverage(passages, QUESTIONS, answers())["sentences_touched"] == 0

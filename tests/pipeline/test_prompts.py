@@ -1,0 +1,124 @@
+"""Prompts and the parsing of replies."""
+
+import json
+
+import pytest
+
+from pipeline.config import QUESTION_KINDS, QuestionKind
+from pipeline.prompts import (
+    content_words,
+    is_about,
+    is_standalone,
+    parse_questions,
+    prompts_digest,
+    question_chat,
+    sentences,
+    speaks_of_text,
+    student_chat,
+    teacher_chat,
+)
+
+PASSAGE = "The Kestrel Mill on the Arden was built in 1874 by Rosa Lindqvist. It ground barley until the flood of 1921."
+
+
+def test_teacher_and_student_differ_by_what_stands_before_the_question() -> None:
+    (teacher,), (student,) = teacher_chat(PASSAGE, "Mills", "Who built it?"), student_chat("Who built it?")
+    assert teacher["role"] == student["role"] == "user"
+    assert teacher["content"].endswith(student["content"])
+    assert PASSAGE in teacher["content"] and PASSAGE not in student["content"]
+    assert teacher["content"].startswith("Mills")
+
+
+@pytest.mark.parametrize("kind", QUESTION_KINDS)
+def test_every_kind_has_a_worked_example_that_follows_its_own_rules(kind: QuestionKind) -> None:
+    ask_example, example, ask = question_chat(PASSAGE, "", kind, 3, "It ground barley until the flood of 1921.")
+    questions = parse_questions(example["content"])
+    assert len(questions) == 3
+    source = ask_example["content"].partition("\n\n---")[0]
+    for question in questions:
+        assert is_about(question, source), question
+        assert not speaks_of_text(question)
+    assert ask["content"].startswith(PASSAGE)
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("1. Who built it?\n2. When?", ["Who built it?", "When?"]),
+        ("1) Who built it?\n\n2) When?", ["Who built it?", "When?"]),
+        ("Here are the questions:\n- **Who built it?**\n* When?", ["Who built it?", "When?"]),
+        ("Question 1. Who built it?\nQ2: When?", ["Who built it?", "When?"]),
+        ('["Who built it?", "When?"]', ["Who built it?", "When?"]),
+        ("Who built it?\nWhen?", ["Who built it?", "When?"]),
+        ("1. Who built it?\n2. When was the mi", ["Who built it?"]),
+        ("1. \u8c01\u5efa\u9020\u4e86\u5b83\uff1f", ["\u8c01\u5efa\u9020\u4e86\u5b83\uff1f"]),
+        ('{"a": 1}', []),
+        ("I cannot help with that.", []),
+        ("", []),
+        ("1. " + "x" * 500 + "?", []),
+    ],
+)
+def test_replies_are_parsed(reply: str, expected: list[str]) -> None:
+    assert parse_questions(reply) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "standalone"),
+    [
+        ("Who built the Kestrel Mill?", True),
+        ("What happened to the Kestrel Mill in 1921?", True),
+        ("Who built it?", False),
+        ("What did she build?", False),
+        ("What does the passage say about the Kestrel Mill?", False),
+        ("What is the author's opinion of the Kestrel Mill, according to the text?", False),
+        ("Why?", False),
+    ],
+)
+def test_standalone(question: str, standalone: bool) -> None:
+    assert is_standalone(question, PASSAGE) is standalone
+
+
+@pytest.mark.parametrize(
+    ("question", "about"),
+    [
+        ("Who built the Kestrel Mill on the Arden?", True),
+        ("Until when did the mill grind barley?", True),
+        ("What did Napoleon think of the Kestrel Mill?", False),
+        ("Was the Kestrel Mill sold in 1955?", False),
+        ("How do quantum computers factor numbers?", False),
+    ],
+)
+def test_about_the_passage(question: str, about: bool) -> None:
+    assert is_about(question, PASSAGE) is about
+
+
+@pytest.mark.parametrize(
+    ("text", "leaks"),
+    [
+        ("According to the text, the mill was built in 1874.", True),
+        ("The passage states that the mill was built in 1874.", True),
+        ("As mentioned above, it ground barley.", True),
+        ("The provided information given here says 1874, in this article.", True),
+        ("The mill was built in 1874.", False),
+        ("He passed the bar and texted a friend.", False),
+    ],
+)
+def test_leak_phrases(text: str, leaks: bool) -> None:
+    assert speaks_of_text(text) is leaks
+
+
+def test_words_of_scripts_without_spaces_count() -> None:
+    assert content_words("\u78e8\u574a\u5efa\u4e8e1874\u5e74")
+    assert is_standalone("\u78e8\u574a\u5efa\u4e8e\u54ea\u4e00\u5e74\uff1f", "\u78e8\u574a\u5efa\u4e8e1874\u5e74\u3002")
+
+
+def test_sentences_keep_the_whole_passage_and_are_never_empty() -> None:
+    assert sentences(PASSAGE) == [PASSAGE.partition(". ")[0] + ".", PASSAGE.partition(". ")[2]]
+    assert sentences("Mills") == ["Mills"]
+
+
+def test_a_changed_prompt_changes_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = prompts_digest()
+    monkeypatch.setattr("pipeline.prompts._EXAMPLE_PASSAGE", "Another example.")
+    assert prompts_digest() != before
+    assert json.dumps(before)

@@ -1,0 +1,68 @@
+"""The quota of a passage: slots, rounds, duplicates, counting; no engine needed."""
+
+from pipeline.config import QuestionSection
+from pipeline.question import _Quota
+
+PASSAGE = {
+    "passage_id": "p",
+    "heading": "Mills",
+    "text": "The Kestrel Mill was built in 1874 by Rosa Lindqvist. The Kestrel Mill ground barley for Arden.",
+}
+SETTINGS = QuestionSection(per_passage=5, kinds=["fact", "detail"], per_call=2)
+
+
+def test_the_quota_is_shared_over_the_kinds_and_asked_for_in_calls() -> None:
+    calls = _Quota(PASSAGE, SETTINGS).open_calls(0)
+    assert [(call.kind, call.ordinal) for call in calls] == [("fact", 0), ("fact", 1), ("detail", 0)]
+    assert len({call.request_id(seed) for call in calls for seed in (0, 1)}) == 6
+
+
+def test_a_second_round_asks_only_for_what_is_missing_and_under_other_ids() -> None:
+    quota = _Quota(PASSAGE, SETTINGS)
+    first = quota.open_calls(0)
+    quota.take(first[0], "1. Who built the Kestrel Mill?\n2. When was the Kestrel Mill built?")
+    second = quota.open_calls(1)
+    assert [(call.kind, call.ordinal) for call in second] == [("fact", 0), ("detail", 0)]
+    assert {c.request_id(0) for c in first}.isdisjoint(c.request_id(0) for c in second)
+
+
+def test_every_candidate_becomes_a_question_or_a_rejected_row() -> None:
+    quota = _Quota(PASSAGE, SETTINGS)
+    (fact, _, detail) = quota.open_calls(0)
+    quota.take(fact, "1. Who built the Kestrel Mill?\n2. Who built it?\n3. who built the Kestrel mill?")
+    quota.take(detail, "no questions here")
+    quota.take(detail._replace(round=1), "1. What did Napoleon do at the Kestrel Mill?")
+    quota.take(
+        detail._replace(round=2), "1. When was the Kestrel Mill built?\n2. Who is Rosa Lindqvist?\n3. What is Arden?"
+    )
+    assert [question.text for question in quota.questions] == [
+        "Who built the Kestrel Mill?",
+        "When was the Kestrel Mill built?",
+        "Who is Rosa Lindqvist?",
+    ]
+    assert [row.reason for row in quota.rejected] == [
+        "not_standalone",
+        "duplicate_question",
+        "unparsable",
+        "off_passage",
+        "over_quota",
+    ]
+    ids = [question.question_id for question in quota.questions] + [row.record_id for row in quota.rejected]
+    assert len(set(ids)) == len(ids)
+    assert not quota.is_full
+
+
+def test_calls_of_a_kind_walk_through_the_sentences() -> None:
+    quota = _Quota(PASSAGE, SETTINGS)
+    asked = [quota.chat(call)[-1]["content"] for call in quota.open_calls(0) if call.kind == "fact"]
+    assert "answers: The Kestrel Mill was built" in asked[0]
+    assert "answers: The Kestrel Mill ground" in asked[1]
+
+
+def test_a_passage_that_leaves_no_room_is_asked_no_more() -> None:
+    quota = _Quota(PASSAGE, QuestionSection(per_passage=2, kinds=["fact"], per_call=2))
+    (call,) = quota.open_calls(0)
+    quota.give_up(call, 5000, 1000)
+    assert not quota.open_calls(1)
+    assert [row.reason for row in quota.rejected] == ["too_long"]
+    assert not quota.is_full

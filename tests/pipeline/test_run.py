@@ -1,0 +1,308 @@
+"""The whole line with a real model, as a person runs it: a subprocess, a TOML file, the last line of stdout.
+
+Beyond the unit tests this covers the command line, Ray, vLLM, DeepSpeed and the border between every two stages, and
+what no unit test can: a driver killed with SIGKILL in every stage, and started again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
+from pipeline.store import Stage
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / ".models" / "smollm2-135m-instruct"
+SCHEMAS = {"dedup": DOCUMENT, "chunk": PASSAGE, "question": QUESTION, "answer": ANSWER, "filter": ANSWER}
+DEADLINE_S = 600.0
+
+DOCUMENTS = {
+    "mill.md": "# Kestrel Mill\n\nThe Kestrel Mill on the River Arden was built in 1874 by Rosa Lindqvist. It ground "
+    "barley until the flood of 1921, which carried its wheel four kilometres downstream.\n",
+    "lens.html": "<html><head><title>Orrin Lens</title></head><body><h1>Orrin Lens</h1><p>The Orrin Lens is a "
+    "telescope on Mount Sabel. It opened in 1962 and weighs 31 tonnes. Its mirror was polished in Tampere.</p>"
+    "</body></html>",
+    "copy.md": None,  # an exact duplicate of mill.md
+    "empty.txt": "",
+}
+
+
+def write_config(folder: Path, model: Path = MODEL) -> Path:
+    corpus = folder / "corpus"
+    corpus.mkdir(parents=True)
+    for name, text in DOCUMENTS.items():
+        (corpus / name).write_text(DOCUMENTS["mill.md"] or "" if text is None else text)
+    question = {
+        "question": "Who built the Kestrel Mill?",
+        "answers": ["Rosa Lindqvist"],
+        "context": DOCUMENTS["mill.md"],
+    }
+    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    config = folder / "config.toml"
+    config.write_text(
+        f"""
+        run_dir = "{folder}/run"
+        [model]
+        path = "{model}"
+        max_model_len = 1024
+        [read]
+        paths = ["{corpus}"]
+        [chunk]
+        shard_passages = 1
+        [question]
+        per_passage = 4
+        kinds = ["fact", "detail"]
+        max_rounds = 2
+        max_tokens = 64
+        [answer]
+        top_k = 8
+        max_tokens = 32
+        [filter]
+        keep_unfinished = true
+        [train]
+        epochs = 3
+        batch_tokens = 128
+        row_tokens = 128
+        micro_rows = 1
+        checkpoint_steps = 1
+        lora = {{ rank = 8 }}
+        [evaluate]
+        questions = "{folder}/questions.jsonl"
+        max_tokens = 16
+        [publish]
+        registry = "{folder}/registry"
+        name = "test"
+        [cluster]
+        kv_cache_gb = 1
+        """
+    )
+    return config
+
+
+def start(config: Path, command: str = "run", *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", command, str(config), *overrides],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"RAY_worker_niceness": "0"},
+    )
+
+
+def finish(config: Path, command: str = "run", *overrides: str) -> tuple[dict, str]:
+    """Run to the end; return the last line of stdout as JSON, and stderr."""
+    process = start(config, command, *overrides)
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, err[-4000:]
+    return json.loads(out.splitlines()[-1]), err
+
+
+def fail(config: Path, command: str, *overrides: str) -> str:
+    """Run something that must fail with one message and no traceback; return stderr."""
+    process = start(config, command, *overrides)
+    out, err = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2, err[-4000:]
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1
+    assert not out
+    return err
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.parquet"))
+        if not path.name.startswith(".")
+    }
+
+
+def ids(run_dir: Path, stage: str) -> list[str]:
+    """First column of all rows and of all rejected rows: their ids."""
+    reader = Stage(str(run_dir), stage, SCHEMAS[stage])
+    rows = [row for shard in reader.shards() for row in reader.read_shard(shard).column(0).to_pylist()]
+    return sorted(rows + [f"rejected {row}" for row in reader.read_rejected()["record_id"].to_pylist()])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Path]:
+    """An undisturbed run: its folder, its last line of stdout, its config."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder)
+    result, _ = finish(config)
+    return folder, result, config
+
+
+def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
+    _, result, _ = finished
+    assert set(result["scores"]) == {"closed_book", "gold_passage", "adapter"}
+    for scores in result["scores"].values():
+        assert 0 <= scores["substring_match"] <= 1
+        assert 0 <= scores["token_f1"] <= 1
+    counts = result["counts"]
+    assert counts["documents"] == counts["passages"] == 2
+    assert counts["questions"] > 0 and counts["answers"] > 0
+    assert counts["rejected"]["read"] == {"empty": 1}
+    assert counts["rejected"]["dedup"] == {"duplicate": 1}
+    assert result["training"]["last_loss"] < result["training"]["first_loss"]
+    assert result["kl_to_teacher"]["adapter"] < result["kl_to_teacher"]["closed_book"]
+    assert 0 < result["tail_mass"] < 1 and result["bytes_per_answer_token"] > 0
+
+
+def test_every_stage_keeps_its_books(finished: tuple[Path, dict, Path]) -> None:
+    run_dir = finished[0] / "run"
+    before = None
+    for name, schema in SCHEMAS.items():
+        manifest = Stage(str(run_dir), name, schema).require()
+        if name != "chunk":
+            assert manifest["rows_in"] == manifest["rows_out"] + sum(manifest["rejected"].values()), name
+        if name in ("chunk", "answer", "filter"):
+            assert manifest["rows_in"] == before, name
+        before = manifest["rows_out"]
+        assert len(set(ids(run_dir, name))) == len(ids(run_dir, name)), name
+
+
+def test_stored_answers_are_whole(finished: tuple[Path, dict, Path]) -> None:
+    stage = Stage(str(finished[0] / "run"), "answer", ANSWER)
+    for row in (row for shard in stage.shards() for row in stage.read_shard(shard).to_pylist()):
+        tokens = len(row["answer_ids"])
+        assert tokens and len(row["topk_ids"]) == len(row["topk_logprobs"]) == 8 * tokens
+        by_token = [row["topk_logprobs"][i : i + 8] for i in range(0, 8 * tokens, 8)]
+        assert all(values == sorted(values, reverse=True) and values[0] <= 0 for values in by_token)
+
+
+def test_the_published_version_is_whole_and_immutable(finished: tuple[Path, dict, Path]) -> None:
+    folder, result, config = finished
+    version = Path(result["adapter"])
+    manifest = json.loads((version / "manifest.json").read_text())
+    assert json.loads((version.parent / "live.json").read_text()) == {"version": version.name}
+    for name, sha in manifest["files"].items():
+        assert hashlib.sha256((version / name).read_bytes()).hexdigest() == sha
+    with safe_open(version / "adapter_model.safetensors", framework="pt") as tensors:
+        names = list(tensors.keys())
+    assert len(names) == 2 * 30 * 7, "SmolLM2-135M has seven linear layers in each of 30 blocks"
+    before = digests(folder), (version / "manifest.json").read_bytes()
+    again, _ = finish(config, "publish")
+    assert again["version"] == version.name
+    assert before == (digests(folder), (version / "manifest.json").read_bytes())
+
+
+def test_a_second_run_is_up_to_date(finished: tuple[Path, dict, Path]) -> None:
+    folder, result, config = finished
+    before = digests(folder)
+    again, err = finish(config)
+    assert err.count("up to date") == 8
+    assert again["scores"] == result["scores"] and again["adapter"] == result["adapter"]
+    assert digests(folder) == before
+
+
+def test_status_reads_the_run(finished: tuple[Path, dict, Path]) -> None:
+    status, _ = finish(finished[2], "status")
+    assert all(stage["state"] == "complete" for stage in status["stages"].values())
+    assert status["stages"]["answer"]["output_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        ("answer", "answer.top_k=4", "answer.top_k was 8, is now 4"),
+        ("train", "train.epochs=9", "train.epochs was 3, is now 9"),
+        ("question", "question.per_pasage=3", "did you mean 'per_passage'?"),
+        ("train", "train.epochs=many", "train.epochs = 'many'"),
+        ("train", "train.learning_rate=7", "train.learning_rate = 7"),
+        ("run", "model.path=/no/such/folder", "no such folder"),
+        ("run", "read.paths=['/no/such/folder']", "read.paths"),
+        ("run", "evaluate.questions=/no/such/file", "no such file"),
+    ],
+)
+def test_bad_input_gets_one_message(
+    finished: tuple[Path, dict, Path], tmp_path: Path, command: str, override: str, message: str
+) -> None:
+    folder, _, config = finished
+    before = digests(folder)
+    assert message in fail(config, command, override)
+    assert digests(folder) == before
+
+
+def test_a_model_without_chat_template_is_refused(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    (model / "chat_template.jinja").unlink()
+    assert "chat template" in fail(finished[2], "run", f"model.path={model}")
+
+
+def test_answers_of_another_teacher_are_refused(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    assert "another teacher: revision was" in fail(finished[2], "train", f"model.path={model}")
+
+
+def test_shifted_targets_are_caught_by_the_alignment_guard(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
+    """The manifests agree and the stored rows do not: top-k values moved by one token."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace(str(finished[0]), str(folder)))
+    shutil.rmtree(folder / "run" / "train")
+    for path in (folder / "run" / "filter" / "data").glob("*.parquet"):
+        table = pq.read_table(path)
+        index = table.schema.get_field_index("topk_ids")
+        moved = [row[8:] + row[:8] for row in table["topk_ids"].to_pylist()]
+        field = table.schema.field(index)
+        pq.write_table(table.set_column(index, field, pa.array(moved, field.type)), path)
+    assert "alignment guard" in fail(config, "train")
+
+
+def test_a_killed_driver_loses_and_repeats_nothing(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    run_dir = tmp_path / "run"
+    began = [
+        run_dir / "question" / "units",
+        run_dir / "answer" / "units",
+        run_dir / "filter" / "units",
+        run_dir / "train" / "checkpoints",
+    ]
+    committed: dict[str, str] = {}
+    for folder in began:
+        process = start(config)
+        wait_for_file(folder, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        now = digests(run_dir)
+        assert committed.items() <= now.items(), f"rewritten before the kill in {folder}"
+        committed = {name: value for name, value in now.items() if is_committed(run_dir, name)}
+        assert committed
+    result, _ = finish(config)
+    assert committed.items() <= digests(run_dir).items()
+    assert result["training"]["steps"] == finished[1]["training"]["steps"]
+    for stage in SCHEMAS:
+        assert ids(run_dir, stage) == ids(finished[0] / "run", stage), stage
+
+
+def is_committed(run_dir: Path, name: str) -> bool:
+    stage, kind, file = Path(name).parts
+    unit = file.rpartition("-")[0] if kind == "data" else file.removesuffix(".parquet")
+    return (run_dir / stage / "units" / f"{unit}.json").exists()
+
+
+def wait_for_file(folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not any(path for path in folder.glob("[!.]*.json")):
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < deadline, f"nothing was committed in {folder}"
+        time.sleep(0.05)

@@ -1,0 +1,163 @@
+"""The run directory, on a disk and in a bucket: whole files, checked tables, units that count once done."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.schema import DOCUMENT, Document, Rejected, to_table
+from pipeline.store import Folder, Stage, check_table, open_uri
+
+
+def table(*names: str) -> pa.Table:
+    return to_table([Document(name, f"{name}.txt", "", f"text of {name}") for name in names], DOCUMENT)
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    if request.param == "disk":
+        return Folder(str(tmp_path))
+    return request.getfixturevalue("bucket") / re.sub(r"\W", "_", request.node.name)
+
+
+def test_files_in_folders(folder: Folder) -> None:
+    assert folder.list() == [] and folder.read_json("a.json") is None
+    folder.delete()  # nothing is there, and that is fine
+    folder.write_json("a.json", {"b": [1, 2]})
+    (folder / "below").write_bytes("c", b"old")
+    (folder / "below").write_bytes("c", b"new")
+    assert folder.list() == ["a.json"] and folder.read_json("a.json") == {"b": [1, 2]}
+    assert (folder / "below").read_bytes("c") == b"new"
+    folder.delete_file("a.json")
+    assert folder.list() == []
+    folder.delete()
+    assert (folder / "below").list() == []
+
+
+def test_parameters_stay_at_the_end_of_a_uri() -> None:
+    assert (Folder("s3://b/a/?region=x&scheme=http") / "c").uri == "s3://b/a/c?region=x&scheme=http"
+    assert (Folder("/a/") / "c").uri == "/a/c"
+
+
+def test_a_uri_that_nothing_can_open() -> None:
+    with pytest.raises(ValueError, match=r"ftp://host/a.*give a local path"):
+        open_uri("ftp://host/a")
+
+
+def test_a_writer_that_raises_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    with pytest.raises(TypeError):
+        folder.write_bytes("a", object())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    folder.write_bytes("a", b"old")
+    with pytest.raises(TypeError):
+        folder.write_bytes("a", object())  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"] and folder.read_bytes("a") == b"old"
+
+
+def test_an_unfinished_file_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.0123").write_bytes(b"{")
+    assert Folder(str(tmp_path)).list() == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        table("a").drop_columns(["title"]),
+        table("a").select(["source", "doc_id", "title", "text"]),
+        table("a").set_column(3, "text", pa.array([1])),
+        table("a").set_column(3, "text", pa.array(["a"], pa.large_string())),
+        table("a").set_column(3, "text", pa.array([None], pa.string())),
+    ],
+    ids=["missing column", "other order", "other type", "wider type", "null"],
+)
+def test_wrong_tables_are_refused(run_dir: str, wrong: pa.Table) -> None:
+    check_table(table("a"), DOCUMENT, "here")
+    with pytest.raises(ValueError, match=r"here: (schema|column 'text' has 1 null)"):
+        check_table(wrong, DOCUMENT, "here")
+    stage = Stage(run_dir, "read", DOCUMENT)
+    with pytest.raises(ValueError, match=r"read/000000-00001\.parquet"):
+        stage.commit("000000", [table("a"), wrong], [], 2)
+    assert stage.committed() == set() and stage.shards() == []
+
+
+def test_commit_and_close(folder: Folder) -> None:
+    stage = Stage(folder.uri, "read", DOCUMENT)
+    assert stage.open({"limit": 1})
+    rejected: list[Rejected] = []
+
+    def tables() -> Iterator[pa.Table]:
+        yield table("a", "b")
+        rejected.append(Rejected("read", "c.txt", "empty", "no text"))
+        yield table()
+        yield table("d")
+
+    first = stage.commit("000000", tables(), rejected, lambda: 3 + len(rejected), {"files": 4})
+    second = stage.commit("000001", [], [], 0, {"files": 1})
+    assert (first.rows_in, first.rows_out, first.rejected) == (4, 3, {"empty": 1})
+    assert first.shards == ["000000-00000.parquet", "000000-00001.parquet"] and second.shards == []
+    assert stage.committed() == {"000000", "000001"}
+    assert list(stage.units()) == [first, second] and stage.unit("000000") == first
+    assert stage.read_unit("000000").equals(table("a", "b", "d")) and not stage.read_unit("000001").num_rows
+    assert stage.read_shard(first.shards[1], ["text"]).to_pylist() == [{"text": "text of d"}]
+    assert stage.read_rejected().to_pylist() == [
+        {"stage": "read", "record_id": "c.txt", "reason": "empty", "detail": "no text"}
+    ]
+
+    with pytest.raises(ValueError, match=r"stage read .* is not complete"):
+        stage.require()
+    manifest = stage.close(1.23456, {"note": "x"})
+    assert manifest == stage.manifest() == stage.require()
+    assert manifest["settings"] == {"limit": 1} and manifest["seconds"] == 1.235 and manifest["note"] == "x"
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["rejected"]) == (4, 3, {"empty": 1})
+    assert manifest["stats"] == {"files": 5} and manifest["bytes"] == first.bytes > 0
+    assert not stage.open({"limit": 1})
+
+
+def test_an_interrupted_unit_is_invisible(folder: Folder) -> None:
+    stage = Stage(folder.uri, "read", DOCUMENT)
+
+    def killed() -> Iterator[pa.Table]:
+        yield table("a")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage.commit("000000", killed(), [], 1)
+    assert (stage.folder / "data").list() == ["000000-00000.parquet"]
+    assert stage.committed() == set() and stage.shards() == [] and list(stage.units()) == []
+    assert stage.totals()["rows_out"] == 0
+    stage.commit("000000", [table("b")], [], 1)
+    assert stage.read_unit("000000").equals(table("b"))
+
+
+def test_other_settings_are_named(folder: Folder) -> None:
+    stage = Stage(folder.uri, "question", DOCUMENT)
+    begun = {"question": {"seed": 0, "kinds": ["fact"]}, "input": "x"}
+    assert stage.open(begun)
+    stage.commit("000000", [table("a")], [], 1)
+    assert stage.open(begun) and stage.committed() == {"000000"}
+    other = {"question": {"seed": 1, "kinds": ["fact"]}, "input": "x"}
+    with pytest.raises(ValueError, match=r"other settings: question\.seed was 0, is now 1\. .*--redo"):
+        stage.open(other)
+    assert stage.committed() == {"000000"}
+    assert stage.open(other, redo=True)
+    assert stage.committed() == set() and (stage.folder / "data").list() == []
+    with pytest.raises(ValueError, match=r"question\.seed was 1, is now 0"):
+        stage.open(begun)
+
+
+def test_the_data_digest_is_that_of_settings_and_shards(tmp_path: Path) -> None:
+    def make(name: str, settings: dict[str, int], *units: str) -> str:
+        stage = Stage(str(tmp_path / name), "read", DOCUMENT)
+        stage.open(settings)
+        for unit in units:
+            stage.commit(unit, [table(unit)], [], 1)
+        return stage.close(len(name))["data_digest"]
+
+    first = make("first", {"a": 1, "b": 2}, "000000", "000001")
+    assert first == make("in another folder and order", {"b": 2, "a": 1}, "000001", "000000")
+    assert first == "14c7e261fc797f883248d971232c0f0a"
+    assert first != make("third", {"a": 1, "b": 3}, "000000", "000001")
+    assert first != make("fourth", {"a": 1, "b": 2}, "000000")
