@@ -6,13 +6,21 @@ current directory, not from the file.
 """
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+# Workers have working directories of their own, so paths are settled here, once.
+Location = Annotated[str, AfterValidator(_absolute)]
 QuestionKind = Literal["fact", "definition", "detail", "comparison", "summary", "use"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
@@ -60,7 +68,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str
+    path: Location
     """Folder of the base model in Hugging Face format (config.json, safetensors, tokenizer, chat template)."""
     max_model_len: int = Field(default=2048, ge=256)
     """Longest prompt plus reply, in tokens."""
@@ -201,7 +209,7 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    questions: str | None = None
+    questions: Location | None = None
     """JSONL of questions for measuring only: `question`, `answers` (accepted strings), `context` (its gold passage)."""
     max_questions: int | None = Field(default=None, ge=1)
     """Use only the first this many."""
@@ -214,7 +222,7 @@ class Evaluate(Section):
 
 
 class Publish(Section):
-    registry: str
+    registry: Location
     """Folder or bucket URI of the adapter registry."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     """Adapter name: lower-case letters, digits, dot, dash and underscore."""
@@ -249,7 +257,7 @@ class Cluster(Section):
 
 
 class Config(Section):
-    run_dir: str
+    run_dir: Location
     """Folder or bucket URI that holds everything one run makes."""
     max_reject_share: float = Field(default=0.9, gt=0, le=1)
     """A stage that rejects a larger share of its rows stops the run."""

@@ -126,7 +126,7 @@ class _Quota:
 
     @property
     def is_full(self) -> bool:
-        return not any(self._open.values())
+        return len(self.questions) == self._settings.per_passage
 
     def open_calls(self, round_: int) -> list[Call]:
         return [

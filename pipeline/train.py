@@ -36,7 +36,7 @@ from pipeline.batch import AnswerData, Packed, Row, Sample, Step, pack, plan_epo
 from pipeline.config import Config
 from pipeline.loss import FullVocabulary, Labels, Signal, TopK
 from pipeline.schema import ANSWER
-from pipeline.store import Stage
+from pipeline.store import Stage, open_uri
 from pipeline.student import Student, add_adapter, load_base
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,6 +97,7 @@ class _ProgressBar:
 
 def _fit(config: Config, base: BaseModel, stage: Stage) -> None:
     cluster = config.cluster
+    filesystem, path = open_uri(stage.folder.uri)
     result = ray.train.torch.TorchTrainer(
         _train_worker,
         train_loop_config={"config": config, "base": base},
@@ -108,7 +109,10 @@ def _fit(config: Config, base: BaseModel, stage: Stage) -> None:
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.worker_gpus else "gloo"),
         run_config=ray.train.RunConfig(
-            name="ray", storage_path=stage.folder.uri, failure_config=ray.train.FailureConfig(max_failures=3)
+            name="ray",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=3),
         ),
     ).fit()
     if result.error is not None:
