@@ -1,0 +1,166 @@
+"""Training through Ray Train and DeepSpeed: a tiny random model, whose answers transformers captured; no vLLM."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pipeline.answer import _answer_table
+from pipeline.base_model import load_base_model
+from pipeline.config import Config
+from pipeline.engine import Completion, load_tokenizer, render_chat
+from pipeline.prompts import student_chat, teacher_chat
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
+from pipeline.store import Stage
+from pipeline.train import train_adapter
+
+pytestmark = pytest.mark.slow
+
+MODEL = Path(__file__).parents[2] / ".models" / "smollm2-135m-instruct"
+TOP_K, NUM_ANSWERS, ANSWER_TOKENS = 64, 24, 12
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-block Llama with the default model's tokenizer, sure enough of itself to have something to teach."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory that is complete up to the filter stage."""
+    run_dir = tmp_path_factory.mktemp("answered")
+    tokenizer = load_tokenizer(str(tiny_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    passages = [Passage(f"p{i}", "d", "", 0, 9, f"Mill number {i} has {i * 7} wheels.") for i in range(3)]
+    questions, rows, completions = [], [], []
+    torch.manual_seed(1)
+    for number in range(NUM_ANSWERS):
+        passage = passages[number % len(passages)]
+        question = Question(f"q{number}", passage.passage_id, "fact", f"What is fact {number} of the mill?")
+        questions.append(question)
+        prompt = render_chat(tokenizer, teacher_chat(passage.text, "", question.text))
+        ids = model.generate(
+            torch.tensor([prompt]), do_sample=True, max_new_tokens=ANSWER_TOKENS, min_new_tokens=ANSWER_TOKENS
+        )
+        with torch.no_grad():
+            logprobs, top = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).topk(TOP_K)
+        reply = ids[0, len(prompt) :].numpy().astype(np.int32)
+        completions.append(Completion(f"answer {number}", "stop", reply, top.numpy(), logprobs.numpy()))
+        student = render_chat(tokenizer, student_chat(question.text))
+        rows.append((f"a{number}", {"question_id": question.question_id, "passage_id": passage.passage_id}, student))
+    answers = _answer_table(rows, completions)
+    identity = load_base_model(str(tiny_model)).identity()
+    tables: list[tuple[str, pa.Schema, pa.Table]] = [
+        ("chunk", PASSAGE, to_table(passages, PASSAGE)),
+        ("question", QUESTION, to_table(questions, QUESTION)),
+        ("answer", ANSWER, answers),
+        ("filter", ANSWER, answers),
+    ]
+    for name, schema, table in tables:
+        stage = Stage(str(run_dir), name, schema)
+        stage.open({"model": identity})
+        stage.commit("0", [table], [], table.num_rows)
+        stage.close(0.0)
+    return run_dir
+
+
+def train(answered: Path, model: Path, folder: Path, num_workers: int = 1, **settings: Any) -> tuple[list[float], Path]:
+    """Train on a copy of the run directory; return the loss of every step, and the adapter's folder."""
+    run_dir = folder / f"run{num_workers}-{'-'.join(map(str, settings.values()))}"
+    shutil.copytree(answered, run_dir)
+    config = Config.model_validate(
+        {
+            "run_dir": str(run_dir),
+            "model": {"path": str(model)},
+            "read": {"paths": ["unused"]},
+            "publish": {"registry": str(folder / "registry"), "name": "test"},
+            "cluster": {"num_workers": num_workers, "worker_cpus": 1},
+            "train": {
+                "epochs": 6,
+                "batch_tokens": 512,
+                "row_tokens": 128,
+                "micro_rows": 2,
+                "learning_rate": 5e-3,
+                "lora": {"rank": 8},
+                "checkpoint_steps": 1000,
+            }
+            | settings,
+        }
+    )
+    train_adapter(config, load_base_model(str(model)))
+    history = json.loads((run_dir / "train" / "history.json").read_text())
+    return [entry["loss"] for entry in history], run_dir / "train" / "adapter"
+
+
+@pytest.fixture(scope="module")
+def reference(local_ray: None, answered: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train(answered, tiny_model, tmp_path_factory.mktemp("reference"))
+
+
+def test_the_loss_falls_and_the_adapter_is_the_one_that_was_trained(
+    reference: tuple[list[float], Path], answered: Path, tiny_model: Path
+) -> None:
+    losses, adapter = reference
+    assert losses[-1] < 0.8 * losses[0]
+    assert min(losses) >= 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, str(adapter))
+    row = Stage(str(answered), "filter", ANSWER).read_unit("0").slice(0, 1).to_pylist()[0]
+    ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
+    top = torch.tensor(row["topk_ids"]).view(-1, TOP_K)
+    teacher = torch.tensor(row["topk_logprobs"], dtype=torch.float32).view(-1, TOP_K)
+
+    def distance() -> float:
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].float().log_softmax(-1)
+        return (teacher.exp() * (teacher - logprobs.gather(1, top))).sum(-1).mean().item()
+
+    trained = distance()
+    with model.disable_adapter():
+        assert trained < 0.8 * distance()
+
+
+@pytest.mark.parametrize(("num_workers", "settings"), [(1, {"zero_stage": 3}), (2, {}), (2, {"zero_stage": 3})])
+def test_zero_stages_and_workers_take_the_same_steps(
+    reference: tuple[list[float], Path],
+    answered: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    num_workers: int,
+    settings: dict[str, Any],
+) -> None:
+    losses, _ = train(answered, tiny_model, tmp_path, num_workers, **settings)
+    np.testing.assert_allclose(losses, reference[0], rtol=0.05)
+
+
+def test_the_online_teacher_agrees_with_the_stored_one(
+    reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Only the online teacher sees inside the tail that the stored top-k leaves: a little more loss, same course."""
+    losses, _ = train(answered, tiny_model, tmp_path, teacher="online")
+    assert losses[0] >= 0.98 * reference[0][0]
+    np.testing.assert_allclose(losses, reference[0], rtol=0.25)
+
+
+def test_hard_labels_train_too(local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path) -> None:
+    losses, _ = train(answered, tiny_model, tmp_path, teacher="sft")
+    assert losses[-1] < losses[0]
