@@ -5,6 +5,7 @@ Exit code 0 if the work is done, 2 for bad input (one message, no traceback), 13
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -24,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        result = _command(options.command, config, options.redo)
+        # Stdout is for the result alone; DeepSpeed, among others, logs to it.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = _command(options.command, config, options.redo)
     except ValueError as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2

@@ -16,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 
 def _absolute(path: str) -> str:
+    if not path:
+        raise ValueError("an empty path; give a folder, a file or a URI")
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 

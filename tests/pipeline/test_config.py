@@ -92,8 +92,8 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
         ("chunk.max_tokens=64", "chunk", {"max_tokens": 64}),
         (" chunk.max_tokens = 64", "chunk", {"max_tokens": 64}),
         ("model.path=/a/b=c d", "model", {"path": "/a/b=c d"}),
-        ('model.path="5"', "model", {"path": "5"}),
-        ("model.path=", "model", {"path": ""}),
+        ('read.text_field="5"', "read", {"text_field": "5"}),
+        ("read.text_field=", "read", {"text_field": ""}),
         ("read.paths=['a', 'b']", "read", {"paths": ["a", "b"]}),
         ("filter.keep_unfinished=true", "filter", {"keep_unfinished": True}),
         ("train.learning_rate=1e-4", "train", {"learning_rate": 1e-4}),
@@ -136,3 +136,11 @@ def test_files_that_hold_no_config(tmp_path: Path) -> None:
     for data in (b"run_dir = ", b"run_dir = '\xff'"):
         (tmp_path / "bad.toml").write_bytes(data)
         assert "is not valid TOML" in errors(tmp_path / "bad.toml")[0]
+
+
+def test_paths_are_absolute_from_the_door_on(path: Path) -> None:
+    config = load_config(path, ["run_dir=runs/a", "publish.registry=s3://bucket/registry"])
+    assert config.run_dir == str(Path.cwd() / "runs" / "a")
+    assert config.publish.registry == "s3://bucket/registry"
+    with pytest.raises(ValueError, match=r"run_dir: an empty path"):
+        load_config(path, ["run_dir="])
