@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed
 import numpy as np
 import pyarrow as pa
 import torch
@@ -63,10 +62,8 @@ class Student(nn.Module):
         """Return the loss of every answer token, float32 [A]."""
         hidden = self.hidden(packed)
         base: Any = self.model.get_base_model()
-        weight = base.get_output_embeddings().weight
-        # Under ZeRO 3 the matrix is whole only inside this context; elsewhere it does nothing.
-        with deepspeed.zero.GatheredParameters(weight):
-            return answer_losses(hidden, weight, signal, self._loss_chunk)
+        weight = base.get_output_embeddings().weight  # reading it is what makes ZeRO 3 gather it
+        return answer_losses(hidden, weight, signal, self._loss_chunk)
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:

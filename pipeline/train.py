@@ -283,6 +283,10 @@ class _Loop:
         state = checkpoints.read_json(names[-1])
         tensors = safetensors.torch.load(checkpoints.read_bytes(names[-1].replace(".json", ".safetensors")))
         self.position, self.history = _Position(**state["position"]), state["history"]
+        # DeepSpeed makes the optimiser's state in the first step; one with a learning rate of zero changes nothing else.
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self._step(self.plan[0])
         # Under ZeRO 3 the bf16 parameters are whole only inside this context; elsewhere it does nothing.
         with deepspeed.zero.GatheredParameters(list(self.trainable.values()), modifier_rank=0):
             for name, parameter in self.trainable.items():

@@ -134,7 +134,8 @@ def ids(run_dir: Path, stage: str) -> list[str]:
     """First column of all rows and of all rejected rows: their ids."""
     reader = Stage(str(run_dir), stage, SCHEMAS[stage])
     rows = [row for shard in reader.shards() for row in reader.read_shard(shard).column(0).to_pylist()]
-    return sorted(rows + [f"rejected {row}" for row in reader.read_rejected()["record_id"].to_pylist()])
+    rejected = [row.replace(str(run_dir.parent), "") for row in reader.read_rejected()["record_id"].to_pylist()]
+    return sorted(rows + [f"rejected {row}" for row in rejected])
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_dependencies_point_one_way() -> None:
     assert ("read.py", "pipeline.config.Read") in imports("pipeline")
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
+@pytest.mark.parametrize("package", [name for name in MAY_IMPORT if (ROOT / name).is_dir()])
 def test_no_installed_package_shadows_ours(package: str) -> None:
     code = f"import importlib.util; print(*importlib.util.find_spec({package!r}).submodule_search_locations)"
     assert run_python(code) == str(ROOT / package)

@@ -157,8 +157,8 @@ def test_the_online_teacher_agrees_with_the_stored_one(
 ) -> None:
     """Only the online teacher sees inside the tail that the stored top-k leaves: a little more loss, same course."""
     losses, _ = train(answered, tiny_model, tmp_path, teacher="online")
-    assert losses[0] >= 0.98 * reference[0][0]
-    np.testing.assert_allclose(losses, reference[0], rtol=0.25)
+    assert (np.asarray(losses) >= 0.98 * np.asarray(reference[0])).all()
+    assert np.corrcoef(losses, reference[0])[0, 1] > 0.95
 
 
 def test_hard_labels_train_too(local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path) -> None:
