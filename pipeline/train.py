@@ -283,7 +283,7 @@ class _Loop:
         state = checkpoints.read_json(names[-1])
         tensors = safetensors.torch.load(checkpoints.read_bytes(names[-1].replace(".json", ".safetensors")))
         self.position, self.history = _Position(**state["position"]), state["history"]
-        # DeepSpeed makes the optimiser's state in the first step; one with a learning rate of zero changes nothing else.
+        # DeepSpeed makes the optimiser's state in its first step, which changes nothing at a learning rate of zero.
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self._step(self.plan[0])
