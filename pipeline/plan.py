@@ -43,8 +43,10 @@ def make_plan(config: Config, base: BaseModel) -> dict[str, Any]:
     seconds = {
         # What a stage takes beside its engine's work is its start, which does not grow with the corpus.
         name: (manifest["seconds"] - busy) + busy * scale / engines
-        for name, manifest in (("question", questions), ("answer", answers))
-        if (busy := manifest["stats"]["engine_seconds"]) is not None
+        for name, manifest, busy in (
+            ("question", questions, questions["stats"]["engine_seconds"]),
+            ("answer", answers, answers["stats"]["engine_seconds"]),
+        )
     } | {"train": training["seconds"] * scale * epochs}
     total = sum(seconds.values())
     plan = {

@@ -3,6 +3,7 @@
 In: the config (for its run directory). Out: rows, rejects with reasons, tokens/s and bytes of every stage.
 """
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pipeline.config import Config
@@ -19,12 +20,20 @@ SCHEMAS = {
     "train": ANSWER,
     "evaluate": ANSWER,
 }
+# A stage's units of work are the shards, or the units, of the stage before it.
+UNITS: dict[str, Callable[[Stage], Collection[str]]] = {
+    "dedup": Stage.shards,
+    "chunk": Stage.shards,
+    "question": Stage.shards,
+    "answer": Stage.committed,
+    "filter": Stage.committed,
+}
 
 
 def read_status(config: Config) -> dict[str, Any]:
     """Return one entry per stage that was begun: its state, totals so far, and how many units are left."""
     stages: dict[str, Any] = {}
-    previous_shards: int | None = None
+    previous: Stage | None = None
     for name, schema in SCHEMAS.items():
         stage = Stage(config.run_dir, name, schema)
         if stage.folder.read_json("settings.json") is None:
@@ -33,16 +42,14 @@ def read_status(config: Config) -> dict[str, Any]:
         totals = manifest or stage.totals()
         entry = {key: totals[key] for key in ("rows_in", "rows_out", "rejected", "bytes", "seconds") if key in totals}
         entry["state"] = "complete" if manifest else "unfinished"
-        if manifest is None and name in ("dedup", "chunk", "question", "answer", "filter") and previous_shards:
-            entry["units_left"] = previous_shards - len(stage.committed())
+        if manifest is None and previous is not None and name in UNITS and (units := UNITS[name](previous)):
+            entry["units_left"] = len(units) - len(stage.committed())
         if tokens := totals["stats"].get("output_tokens"):
             entry["output_tokens"] = tokens
             entry["tokens_per_s"] = round(tokens / max(totals["stats"]["engine_seconds"], 1e-9), 1)
         if progress := stage.folder.read_json("progress.json"):
             entry["progress"] = progress
-        previous_shards = len(stage.shards()) if name in ("read", "dedup") else len(stage.committed()) or None
-        if name == "chunk":
-            previous_shards = len(stage.shards())
+        previous = stage
         stages[name] = entry
     return {"run_dir": config.run_dir, "stages": stages}
 
