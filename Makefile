@@ -12,7 +12,7 @@ MODEL := .models/smollm2-135m-instruct
 # Named after the lock's content, so that a changed lock makes a new .venv and nothing else does.
 INSTALLED := .venv/.installed-$(shell cksum < $(LOCK) | tr ' ' '-')
 
-.PHONY: help setup demo test lint locks clean
+.PHONY: help setup demo serve test lint locks clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -23,6 +23,9 @@ setup: $(INSTALLED) $(MODEL)/model.safetensors ## .venv from the lock, and the e
 
 demo: setup ## teach the default model twelve passages, measure it, publish the adapter; last line: JSON
 	@$(BIN)/python -m pipeline run benchmarks/demo/demo.toml $(ARGS)
+
+serve: setup ## serve the demo's adapter, and any other of its registry, until Ctrl-C
+	@$(BIN)/python -m serve benchmarks/demo/demo.toml $(ARGS)
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

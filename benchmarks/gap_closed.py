@@ -58,9 +58,10 @@ def main() -> int:
     return 0
 
 
-def claim(name: str, value: float | None, aim: float) -> dict[str, Any]:
-    """One figure that was asked for, met or not."""
-    return {"name": name, "value": value, "aim": aim, "met": value is not None and value >= aim}
+def claim(name: str, value: float | None, aim: float, at_most: bool = False) -> dict[str, Any]:
+    """One figure that was asked for, met or not: at least the aim, or `at_most` the aim."""
+    met = value is not None and (value <= aim if at_most else value >= aim)
+    return {"name": name, "value": value, "aim": aim, "met": met}
 
 
 def describe_machine() -> dict[str, Any]:

@@ -7,6 +7,7 @@ current directory, not from the file.
 
 import difflib
 import os
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ ENGINE_KEYS_SET_HERE = frozenset(
         "tensor_parallel_size",
         "gpu_memory_utilization",
         "enable_prefix_caching",
+        "worker_extension_cls",
     ]
 )
 DEEPSPEED_KEYS_SET_HERE = frozenset(
@@ -231,7 +233,63 @@ class Publish(Section):
 
 
 class Serve(Section):
-    """Settings of the endpoint."""
+    """Settings of the endpoint; the base model, the registry and the engine's size stand in the other sections."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all networks, with API keys (`python -m serve.admin CONFIG key`)."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on."""
+    model_name: str | None = None
+    """What clients call the base model; unset: the name of its folder."""
+    adapter_slots: int = Field(default=4, ge=1)
+    """Adapters that one batch can mix; each takes its size at `max_rank` in GPU memory."""
+    adapters_in_memory: int = Field(default=32, ge=1)
+    """Adapters that a replica keeps in CPU memory, least recently used out first."""
+    adapters_on_disk: int = Field(default=256, ge=1)
+    """Adapters that a replica keeps on its disk."""
+    max_rank: int = Field(default=64, ge=1, le=512)
+    """Largest rank of an adapter; smaller ones take as much room in a slot."""
+    max_adapter_mb: int = Field(default=2048, ge=1)
+    """Largest adapter, and largest retrieval index, in MiB."""
+    cache_dir: Location = os.path.join(tempfile.gettempdir(), "corpus-distillery")
+    """Local folder for the copies of adapters."""
+    preload: list[str] = []
+    """Adapters that a replica loads before it takes traffic."""
+    min_replicas: int = Field(default=1, ge=0)
+    """Fewest replicas; 0 frees the engine when nobody asks, and the first question then waits for its start."""
+    max_replicas: int = Field(default=1, ge=1)
+    """Most replicas."""
+    target_requests: int = Field(default=32, ge=1)
+    """Requests at a time that one replica should have before another is started."""
+    max_requests: int = Field(default=64, ge=1)
+    """Requests that a replica works on at a time."""
+    max_queued: int = Field(default=256, ge=1)
+    """Requests that may wait for a replica; above it clients get 503 with Retry-After."""
+    max_requests_per_key: int = Field(default=192, ge=1)
+    """Requests that one API key may have in work or waiting; above it 429 with Retry-After."""
+    max_body_kb: int = Field(default=1024, ge=1)
+    """Largest request body, in KiB; above it 413."""
+    request_timeout_s: float = Field(default=120, gt=0)
+    """Time until the first token, or the whole answer without streaming; above it 503."""
+    alias_seconds: float = Field(default=2, gt=0, le=10)
+    """How long the registry's names, aliases and keys are remembered: a moved alias takes effect this soon."""
+    retrieval_passages: int = Field(default=3, ge=1, le=20)
+    """Passages in the prompt of a request with `"retrieval": true`."""
+    auto_min_score: float = Field(default=1.0, ge=0)
+    """BM25 score per word of the question from which `model: "auto"` trusts a corpus; below it the base answers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Serve":
+        if self.adapters_in_memory < self.adapter_slots:
+            raise ValueError(
+                f"adapters_in_memory = {self.adapters_in_memory} is less than adapter_slots = {self.adapter_slots}; "
+                "raise adapters_in_memory"
+            )
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas = {self.max_replicas} is less than min_replicas = {self.min_replicas}; raise it"
+            )
+        return self
 
 
 class Cluster(Section):

@@ -1,4 +1,4 @@
-"""Chats -> token ids, text and top-k log-probabilities; the only file that imports vLLM.
+"""Chats -> token ids, text and top-k log-probabilities: the engine that writes.
 
 In: prompts as token ids, and a seed for all of them. Out: one `Completion` per prompt, in order.
 The engine runs inside the calling process (an actor) and forgets its prefix cache between calls, so that a unit of work
@@ -49,31 +49,10 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
-        arguments: dict[str, Any] = {
-            "model": model.path,
-            "dtype": "bfloat16",
-            "seed": 0,
-            "max_model_len": model.max_model_len,
-            "max_logprobs": max(top_k, 1),
-            "logprobs_mode": "raw_logprobs",
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-        }
-        if cluster.engine_gpus:
-            arguments |= {
-                "tensor_parallel_size": cluster.engine_gpus,
-                "gpu_memory_utilization": cluster.gpu_memory_share,
-            }
-        else:
-            arguments |= {
-                "kv_cache_memory_bytes": cluster.kv_cache_gb << 30,
-                "max_num_seqs": 128,
-                # Compiling takes a minute at every start and gained nothing measurable on a CPU.
-                "enforce_eager": True,
-            }
+        arguments = engine_arguments(model, cluster) | {"max_logprobs": max(top_k, 1), "disable_log_stats": True}
         if adapter_rank:
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _vllm_rank(adapter_rank)}
-        self._llm = LLM(**(arguments | model.engine))
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(adapter_rank)}
+        self._llm = LLM(model=model.path, **(arguments | model.engine))
         self.tokenizer = load_tokenizer(model.path)
         self.max_model_len = model.max_model_len
         self.stats = EngineStats()
@@ -126,6 +105,29 @@ class Engine:
         return [_completion(output.outputs[0], top_k) for output in outputs]
 
 
+def engine_arguments(model: Model, cluster: Cluster) -> dict[str, Any]:
+    """Return the vLLM arguments that the writing engines and the endpoint share."""
+    arguments: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "seed": 0,
+        "max_model_len": model.max_model_len,
+        "logprobs_mode": "raw_logprobs",
+        "enable_prefix_caching": True,
+    }
+    if cluster.engine_gpus:
+        return arguments | {
+            "tensor_parallel_size": cluster.engine_gpus,
+            "gpu_memory_utilization": cluster.gpu_memory_share,
+        }
+    return arguments | {
+        "kv_cache_memory_bytes": cluster.kv_cache_gb << 30,
+        "max_num_seqs": 128,
+        # Compiling takes a minute at every start and gained nothing measurable on a CPU.
+        "enforce_eager": True,
+        "worker_extension_cls": "pipeline.cpu_lora.GroupedLora",
+    }
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
@@ -149,6 +151,6 @@ def _completion(output: Any, top_k: int) -> Completion:
     return Completion(output.text, output.finish_reason, token_ids, flat_ids[:, 1:], flat_logprobs[:, 1:])
 
 
-def _vllm_rank(rank: int) -> int:
+def vllm_rank(rank: int) -> int:
     """Return the smallest rank limit that vLLM knows and that holds this rank."""
     return next(limit for limit in (8, 16, 32, 64, 128, 256, 320, 512) if limit >= rank)

@@ -7,7 +7,7 @@ so that the adapter answers a client who sends nothing but a question.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue]
@@ -231,6 +231,12 @@ def teacher_chat(passage: str, heading: str, question: str) -> Chat:
 def student_chat(question: str) -> Chat:
     """The question alone: what a client of the adapter sends."""
     return [{"role": "user", "content": question}]
+
+
+def retrieval_question(passages: Sequence[tuple[str, str]], question: str) -> str:
+    """Put retrieved (heading, text) passages before a question, in the words that the teacher had."""
+    text = "\n\n".join(_titled(text, heading) for heading, text in passages)
+    return teacher_chat(text, "", question)[0]["content"]
 
 
 def _titled(passage: str, heading: str) -> str:

@@ -12,7 +12,6 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, BinaryIO, cast
 
@@ -30,8 +29,6 @@ from pipeline.store import Stage, Unit, open_uri
 UNIT_BYTES = 256 << 20  # a unit ends here even with fewer files: it is what a crash repeats
 SHARD_ROWS = 1000
 SHARD_CHARS = 16 << 20
-
-_open_root = lru_cache(maxsize=8)(open_uri)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +137,7 @@ def read_file(file: File, config: Read) -> Iterator[Document | Rejected]:
 def _open(file: File) -> BinaryIO:
     if not file.root:
         return open(file.path, "rb", buffering=1 << 20)
-    return io.BufferedReader(cast(Any, _open_root(file.root)[0].open_input_file(file.path)), 1 << 20)
+    return io.BufferedReader(cast(Any, open_uri(file.root)[0].open_input_file(file.path)), 1 << 20)
 
 
 def list_files(paths: list[str], own_folder: str = "") -> list[File]:

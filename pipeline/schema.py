@@ -165,11 +165,20 @@ REJECTED = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A training question and the adapter's greedy answer under PEFT; an engine that loads the adapter must agree."""
+
+    question: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterManifest:
     """Written by publish as `manifest.json` inside the adapter version, read by serve."""
 
     name: str
-    version: str  # digest of the adapter's files
+    version: str  # digest of base model, adapter and passages
     base_model: str
     base_revision: str  # digest of the base model's config and weight files
     tokenizer_digest: str
@@ -180,7 +189,8 @@ class AdapterManifest:
     data_digest: str
     scores: dict[str, dict[str, float]]
     created: str  # ISO 8601, UTC
-    files: dict[str, str]  # file name -> SHA-256
+    probe: Probe | None
+    files: dict[str, str]  # path below the version's folder -> SHA-256
 
 
 Record = Document | Passage | Question | Rejected

@@ -119,7 +119,7 @@ def run_stage(
         raise ValueError(
             f"stage {stage.name} rejected {rejected} of {rejected + manifest['rows_out']} rows "
             f"({manifest['rejected']}), more than max_reject_share = {max_reject_share}; look at "
-            f"{stage.folder.uri}/rejected, or raise max_reject_share"
+            f"{stage.folder}/rejected, or raise max_reject_share"
         )
     return manifest
 

@@ -14,10 +14,12 @@ a killed run redoes the units without a JSON file and touches no other.
 
 import json
 import os
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import pyarrow.parquet as pq
 from pipeline.schema import REJECTED, Rejected, digest, to_table
 
 
+@lru_cache(maxsize=256)
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the filesystem and the path on it of a local path or an s3:// or gs:// URI; else ValueError."""
     if "://" not in uri:
@@ -57,6 +60,14 @@ class Folder:
 
     uri: str
 
+    def __str__(self) -> str:
+        """The URI as a message may show it: without credentials and parameters."""
+        return re.sub(r"(?<=://)[^/]*@", "", self.uri.partition("?")[0])
+
+    @property
+    def name(self) -> str:
+        return str(self).rstrip("/").rpartition("/")[2]
+
     def __truediv__(self, name: str) -> "Folder":
         base, query, parameters = self.uri.partition("?")
         return Folder(f"{base.rstrip('/')}/{name}{query}{parameters}")
@@ -81,6 +92,14 @@ class Folder:
         with filesystem.open_input_stream(f"{path}/{name}") as stream:
             return stream.read()
 
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes; FileNotFoundError if there is none."""
+        filesystem, path = open_uri(self.uri)
+        info = filesystem.get_file_info(f"{path}/{name}")
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(f"{self}/{name}")
+        return info.size
+
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
@@ -90,6 +109,12 @@ class Folder:
             return json.loads(self.read_bytes(name))
         except FileNotFoundError:
             return None
+
+    def folders(self) -> list[str]:
+        """Return the sorted names of the folders in this folder."""
+        filesystem, path = open_uri(self.uri)
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def list(self) -> list[str]:
         """Return the sorted names of the files in this folder, without unfinished ones."""
@@ -204,7 +229,7 @@ class Stage:
         """Return the manifest; ValueError if the stage is not complete."""
         manifest = self.manifest()
         if manifest is None:
-            raise ValueError(f"stage {self.name} in {self.run_dir} is not complete; run it first")
+            raise ValueError(f"stage {self.name} in {Folder(self.run_dir)} is not complete; run it first")
         return manifest
 
     def open(self, settings: dict[str, Any], redo: bool = False) -> bool:
@@ -218,7 +243,7 @@ class Stage:
         if begun is not None and begun != settings:
             if not redo:
                 raise ValueError(
-                    f"stage {self.name} in {self.run_dir} was made with other settings: "
+                    f"stage {self.name} in {Folder(self.run_dir)} was made with other settings: "
                     f"{'; '.join(_differences(begun, settings))}. Restore them, choose another run_dir, or pass --redo"
                 )
             self.folder.delete()

@@ -6,7 +6,7 @@ The decoder and the output matrix are called apart, so that logits exist at answ
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -106,3 +106,44 @@ class KlScorer:
             for index, part in zip(order, np.split(losses, ends[:-1]), strict=True):
                 result[index] = part.mean()
         return result
+
+
+class GreedyReply(NamedTuple):
+    """`margin` is the smallest lead of a chosen token over the runner-up, in nats: how safe the reply is from ties."""
+
+    adapter_ids: list[int]
+    base_ids: list[int]
+    margin: float
+
+
+def greedy_replies(
+    num_threads: int, base_path: str, adapter: str, prompts: list[list[int]], max_tokens: int
+) -> list[GreedyReply]:
+    """Continue every prompt greedily with the adapter and without it, in plain PEFT on transformers: the oracle."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(num_threads)
+    model = PeftModel.from_pretrained(load_base(base_path), adapter).to(device).eval()
+    replies = []
+    for prompt in prompts:
+        adapter_ids, margin = continue_greedily(model, prompt, max_tokens)
+        with model.disable_adapter():
+            base_ids, _ = continue_greedily(model, prompt, max_tokens)
+        replies.append(GreedyReply(adapter_ids, base_ids, margin))
+    return replies
+
+
+def continue_greedily(model: Any, prompt: list[int], max_tokens: int) -> tuple[list[int], float]:
+    """Return the most likely continuation, and its smallest lead over a runner-up in nats."""
+    output = model.generate(
+        input_ids=torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    leads = [logits[0].float().log_softmax(-1).topk(2).values for logits in output.logits]
+    margin = min(float(lead[0] - lead[1]) for lead in leads)
+    return output.sequences[0, len(prompt) :].tolist(), margin

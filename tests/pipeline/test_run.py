@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import openai
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +23,8 @@ from safetensors import safe_open
 
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.store import Stage
+from tests.pipeline.test_parse import BAD
+from tests.serve.conftest import endpoint
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +40,6 @@ DOCUMENTS = {
     "telescope on Mount Sabel. It opened in 1962 and weighs 31 tonnes. Its mirror was polished in Tampere.</p>"
     "</body></html>",
     "copy.md": None,  # an exact duplicate of mill.md
-    "empty.txt": "",
 }
 
 
@@ -45,6 +48,9 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
     corpus.mkdir(parents=True)
     for name, text in DOCUMENTS.items():
         (corpus / name).write_text(DOCUMENTS["mill.md"] or "" if text is None else text)
+    for name, (data, _) in BAD.items():
+        (corpus / f"bad-{name}").write_bytes(data)
+    (corpus / "loop").symlink_to(corpus)
     question = {
         "question": "Who built the Kestrel Mill?",
         "answers": ["Rosa Lindqvist"],
@@ -55,11 +61,13 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
     config.write_text(
         f"""
         run_dir = "{folder}/run"
+        max_reject_share = 1.0
         [model]
         path = "{model}"
         max_model_len = 1024
         [read]
         paths = ["{corpus}"]
+        max_file_mb = 1
         [chunk]
         shard_passages = 1
         [question]
@@ -156,7 +164,8 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
     counts = result["counts"]
     assert counts["documents"] == counts["passages"] == 2
     assert counts["questions"] > 0 and counts["answers"] > 0
-    assert counts["rejected"]["read"] == {"empty": 1}
+    bad = Counter(reason for _, reasons in BAD.values() for reason in reasons)
+    assert counts["rejected"]["read"] == bad | {"symlink_loop": 1}
     assert counts["rejected"]["dedup"] == {"duplicate": 1}
     assert result["training"]["last_loss"] < result["training"]["first_loss"]
     assert result["kl_to_teacher"]["adapter"] < result["kl_to_teacher"]["closed_book"]
@@ -189,7 +198,7 @@ def test_the_published_version_is_whole_and_immutable(finished: tuple[Path, dict
     folder, result, config = finished
     version = Path(result["adapter"])
     manifest = json.loads((version / "manifest.json").read_text())
-    assert json.loads((version.parent / "live.json").read_text()) == {"version": version.name}
+    assert json.loads((version.parent / "live.json").read_text()) == {"version": version.name, "before": []}
     for name, sha in manifest["files"].items():
         assert hashlib.sha256((version / name).read_bytes()).hexdigest() == sha
     with safe_open(version / "adapter_model.safetensors", framework="pt") as tensors:
@@ -199,6 +208,24 @@ def test_the_published_version_is_whole_and_immutable(finished: tuple[Path, dict
     again, _ = finish(config, "publish")
     assert again["version"] == version.name
     assert before == (digests(folder), (version / "manifest.json").read_bytes())
+
+
+def test_the_published_adapter_answers_at_the_endpoint(finished: tuple[Path, dict, Path]) -> None:
+    """The line's end: one command serves the adapter, one asks it; its probe has passed, its corpus can be searched."""
+    _, _, config = finished
+    with endpoint(config) as url:
+        command = [sys.executable, "-m", "serve.ask", "test", "Who built the Kestrel Mill?", "--url", url]
+        asked = subprocess.run([*command, "--retrieval", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
+        assert "mill.md" in asked.stderr, "no source was named"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        question = {"role": "user", "content": "What is the Orrin Lens on Mount Sabel?"}
+        auto = client.chat.completions.create(model="auto", messages=[question], max_tokens=4)  # type: ignore[list-item]
+        assert auto.model.startswith("test@"), auto
+        question = {"role": "user", "content": "How do I boil an egg?"}
+        auto = client.chat.completions.create(model="auto", messages=[question], max_tokens=4)  # type: ignore[list-item]
+        assert auto.model == MODEL.name, auto
+        assert subprocess.run([*command[:3], "nobody", "?", "--url", url], cwd=ROOT).returncode == 2
 
 
 def test_a_second_run_is_up_to_date(finished: tuple[Path, dict, Path]) -> None:
@@ -293,6 +320,12 @@ def test_a_killed_driver_loses_and_repeats_nothing(finished: tuple[Path, dict, P
     assert result["training"]["steps"] == finished[1]["training"]["steps"]
     for stage in SCHEMAS:
         assert ids(run_dir, stage) == ids(finished[0] / "run", stage), stage
+    resumed, undisturbed = (
+        [step["loss"] for step in json.loads((run / "train" / "history.json").read_text())]
+        for run in (run_dir, finished[0] / "run")
+    )
+    # Not to the last digit: sums in another order differ in bf16.
+    assert resumed == pytest.approx(undisturbed, abs=0.05)
 
 
 def is_committed(run_dir: Path, name: str) -> bool:

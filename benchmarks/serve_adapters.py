@@ -1,0 +1,231 @@
+"""How much does serving many adapters through the endpoint cost, against bare `vllm serve --enable-lora`?
+
+    python -m benchmarks.serve_adapters MODEL [--adapters 64] [--slots 4] [--clients 16] [--requests 96]
+
+Publishes adapters with random weights, then starts the two endpoints one after the other on this machine with the same
+engine settings, and sends both the same requests: base model only, 1, 8 and all adapters, uniform and Zipf (s = 1).
+Every request asks for exactly 32 tokens and streams. What limits the number: the engine on two cores, which shares them
+with the HTTP processes and with the load generator; with more adapters than slots, copying weights into slots.
+Then the first use of adapters that the endpoint has never loaded, against a second use.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.gap_closed import ROOT, claim, describe_machine
+from benchmarks.random_adapters import publish_random_adapters
+from serve.registry import Registry
+
+TOKENS = 32
+KV_CACHE_GB = 2
+MAX_MODEL_LEN = 512
+RANK = 16
+START_S = 300
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", help="base-model folder")
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=96, help="requests of each traffic pattern")
+    options = parser.parse_args()
+    names = [f"adapter-{number:03d}" for number in range(options.adapters)]
+    cold = [f"cold-{number}" for number in range(5)]
+    with tempfile.TemporaryDirectory() as folder:
+        publish_random_adapters(folder, options.model, [*names, *cold], rank=RANK)
+        patterns = traffic(Path(options.model).name, names, options.requests)
+        with ours(folder, options) as url:
+            own = {name: asyncio.run(measure(url, models, options.clients)) for name, models in patterns.items()}
+            first_use = asyncio.run(measure_first_use(url, cold))
+        with bare(folder, names, options) as url:
+            plain = {name: asyncio.run(measure(url, models, options.clients)) for name, models in patterns.items()}
+    print(
+        f"{'traffic':14} {'tokens/s':>9} {'bare':>9} {'ratio':>6} {'TTFT p50':>9} {'p95':>7} {'p99':>7} {'bare p50':>9}"
+    )
+    for name in patterns:
+        a, b = own[name], plain[name]
+        print(
+            f"{name:14} {a['tokens_per_s']:9.1f} {b['tokens_per_s']:9.1f} "
+            f"{a['tokens_per_s'] / b['tokens_per_s']:6.2f} {a['ttft_s']['p50']:9.2f} {a['ttft_s']['p95']:7.2f} "
+            f"{a['ttft_s']['p99']:7.2f} {b['ttft_s']['p50']:9.2f}"
+        )
+    ratios = {name: own[name]["tokens_per_s"] / plain[name]["tokens_per_s"] for name in patterns}
+    result = {
+        "benchmark": "serve_adapters",
+        "date": datetime.now(UTC).date().isoformat(),
+        **describe_machine(),
+        "model": Path(options.model).name,
+        "settings": vars(options) | {"model": Path(options.model).name, "tokens": TOKENS, "rank": RANK},
+        "endpoint": own,
+        "bare_vllm": plain,
+        "ratios": ratios,
+        "first_use_s": first_use,
+        "claims": [
+            *(claim(f"throughput_over_bare_vllm.{name}", ratio, 0.9) for name, ratio in ratios.items()),
+            claim("first_use_extra_s", first_use["extra_p50"], 2.0, at_most=True),
+            claim("failed_requests", sum(m["failed"] for m in own.values()), 0, at_most=True),
+        ],
+    }
+    path = ROOT / "benchmarks" / "results" / f"serve-adapters-{Path(options.model).name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({"result": str(path.relative_to(ROOT)), "claims": result["claims"]}))
+    return 0
+
+
+def traffic(base: str, names: list[str], requests: int) -> dict[str, list[str]]:
+    """Return the model of every request of every pattern, with a fixed seed."""
+    rng = np.random.default_rng(0)
+    zipf = 1 / np.arange(1, len(names) + 1)
+    return {
+        "base": [base] * requests,
+        "1 adapter": names[:1] * requests,
+        "8 uniform": rng.choice(names[:8], requests).tolist(),
+        f"{len(names)} uniform": rng.choice(names, requests).tolist(),
+        f"{len(names)} Zipf": rng.choice(names, requests, p=zipf / zipf.sum()).tolist(),
+    }
+
+
+async def measure(url: str, models: list[str], clients: int) -> dict[str, Any]:
+    """Send the requests, so many at a time, after one warm-up; return throughput and times to the first token."""
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
+        await ask(client, url, models[0], 0)
+        gate = asyncio.Semaphore(clients)
+
+        async def one(number: int) -> tuple[float, int]:
+            async with gate:
+                return await ask(client, url, models[number], number)
+
+        started = time.monotonic()
+        seen = await asyncio.gather(*(one(number) for number in range(len(models))))
+        seconds = time.monotonic() - started
+    first = [ttft for ttft, tokens in seen if tokens == TOKENS]
+    p50, p95, p99 = np.percentile(first, [50, 95, 99])
+    return {
+        "tokens_per_s": round(sum(tokens for _, tokens in seen) / seconds, 2),
+        "ttft_s": {"p50": round(p50, 3), "p95": round(p95, 3), "p99": round(p99, 3)},
+        "failed": len(seen) - len(first),
+    }
+
+
+async def ask(client: httpx.AsyncClient, url: str, model: str, number: int) -> tuple[float, int]:
+    """Stream one answer of exactly TOKENS tokens; return the time to its first one, and the tokens that came."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": f"Question {number}: what should one know about the town of Arden?"}],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started, first, tokens = time.monotonic(), 0.0, 0
+    async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as reply:
+        async for line in reply.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if not first and chunk.get("choices") and chunk["choices"][0]["delta"].get("content"):
+                first = time.monotonic() - started
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+    return first, tokens
+
+
+async def measure_first_use(url: str, names: list[str]) -> dict[str, Any]:
+    """Ask each adapter twice in a row with nothing else running; return what the first use cost more."""
+    async with httpx.AsyncClient(timeout=600) as client:
+        pairs = [((await ask(client, url, n, 0))[0], (await ask(client, url, n, 1))[0]) for n in names]
+    extra = sorted(first - second for first, second in pairs)
+    return {"pairs": pairs, "extra_p50": round(extra[len(extra) // 2], 3), "extra_max": round(extra[-1], 3)}
+
+
+@contextlib.contextmanager
+def ours(registry: str, options: argparse.Namespace) -> Iterator[str]:
+    """Run our endpoint."""
+    config = Path(registry, "serve.toml")
+    config.write_text(
+        f"""
+        run_dir = "{registry}/run"
+        [model]
+        path = "{options.model}"
+        max_model_len = {MAX_MODEL_LEN}
+        [read]
+        paths = ["nothing"]
+        [publish]
+        registry = "{registry}"
+        name = "none"
+        [serve]
+        adapter_slots = {options.slots}
+        adapters_in_memory = {options.adapters}
+        max_rank = {RANK}
+        [cluster]
+        kv_cache_gb = {KV_CACHE_GB}
+        """
+    )
+    with run([sys.executable, "-m", "serve", str(config)]) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def bare(registry: str, names: list[str], options: argparse.Namespace) -> Iterator[str]:
+    """Run `vllm serve` with the same engine settings and every adapter named on its command line."""
+    versions = map(Registry(registry).resolve, names)
+    modules = [f"{version.name}={registry}/{version.name}/{version.version}" for version in versions]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
+    command += ["--served-model-name", Path(options.model).name, "--dtype", "bfloat16", "--enforce-eager"]
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "128", "--seed", "0"]
+    command += ["--kv-cache-memory-bytes", str(KV_CACHE_GB << 30), "--host", "127.0.0.1"]
+    command += ["--enable-lora", "--max-loras", str(options.slots), "--max-cpu-loras", str(options.adapters)]
+    command += ["--max-lora-rank", str(RANK), "--lora-modules", *modules]
+    with run(command) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def run(command: list[str]) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*command, f"serve.port={port}"] if "serve" in command else [*command, "--port", str(port)]
+    with tempfile.TemporaryFile() as log:
+        environment = os.environ | {"RAY_worker_niceness": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + START_S
+            while not is_up(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"{command[2]} did not start:\n{log.read().decode()[-4000:]}")
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+
+def is_up(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/v1/models").status_code == 200
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

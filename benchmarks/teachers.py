@@ -1,0 +1,90 @@
+"""Does the stored top-k teach as well as the exact teacher, and better than hard labels?
+
+    python -m benchmarks.teachers CONFIG [section.key=value ...] --name NAME [--teachers stored online sft]
+
+Writes the answers once, trains one adapter per teacher on the same rows in the same order, and evaluates each. What
+limits the comparison: the tail mass that k values leave out, and the width of the intervals on so many questions.
+The loss of `stored` is a lower bound of that of `online` for the same adapter; `sft` has another loss, so only its
+scores compare.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gap_closed import ROOT, claim, describe_machine
+from pipeline.config import load_config
+
+WRITTEN = ("read", "dedup", "chunk", "question", "answer", "filter")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--name", required=True, help="name of the result file")
+    parser.add_argument("--teachers", nargs="+", default=["stored", "online", "sft"])
+    options = parser.parse_args()
+    for stage in ("read", "chunk", "question", "answer", "filter"):
+        pipeline(stage, options.config, *options.overrides)
+    config = load_config(options.config, options.overrides)
+    written = Path(config.run_dir)
+    runs, curves = {}, {}
+    for teacher in options.teachers:
+        run_dir = written.with_name(f"{written.name}-{teacher}")
+        for stage in WRITTEN:
+            shutil.copytree(written / stage, run_dir / stage, dirs_exist_ok=True)
+        own = [*options.overrides, f"run_dir={run_dir}", f"train.teacher={teacher}"]
+        own.append(f"publish.registry={run_dir}/registry")
+        runs[teacher] = pipeline("run", options.config, *own)
+        history = json.loads((run_dir / "train" / "history.json").read_text())
+        curves[teacher] = [round(step["loss"], 4) for step in history]
+    print(f"{'teacher':8} {'last loss':>9} {'KL held out':>11} {'substring':>9} {'F1':>6} {'gap':>6} {'tokens/s':>8}")
+    for teacher, run in runs.items():
+        adapter = run["scores"]["adapter"]
+        print(
+            f"{teacher:8} {run['training']['last_loss']:9.3f} {run['kl_to_teacher']['adapter']:11.3f} "
+            f"{adapter['substring_match']:9.3f} {adapter['token_f1']:6.3f} {run['gap_closed']:6.3f} "
+            f"{run['training']['tokens_per_s']:8.0f}"
+        )
+    claims = []
+    if {"stored", "online"} <= runs.keys():
+        correlation = float(np.corrcoef(curves["stored"], curves["online"])[0, 1])
+        share = runs["stored"]["gap_closed"] / runs["online"]["gap_closed"]
+        claims = [
+            claim("loss_correlation", round(correlation, 4), 0.95),
+            claim("gap_over_online", round(share, 3), 0.9),
+        ]
+    result: dict[str, Any] = {
+        "benchmark": "teachers",
+        "name": options.name,
+        "date": datetime.now(UTC).date().isoformat(),
+        **describe_machine(),
+        "model": Path(config.model.path).name,
+        "settings": config.model_dump(include={"question", "answer", "train"}),
+        "runs": {teacher: {k: v for k, v in run.items() if k != "adapter"} for teacher, run in runs.items()},
+        "loss_curves": curves,
+        "claims": claims,
+    }
+    path = ROOT / "benchmarks" / "results" / f"{options.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({"result": str(path.relative_to(ROOT)), "claims": claims}))
+    return 0
+
+
+def pipeline(*arguments: str) -> dict[str, Any]:
+    """Run one command of the pipeline and return the last line of its stdout."""
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Passages of a corpus -> a BM25 index; a question -> the passages that answer it best.
+
+In: passages as text. Out: a folder of numpy and JSON files beside `passages.parquet`, and hits in order of their score.
+bm25s does the scoring; English stop words and stems, which harm no other language that puts spaces between its words.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bm25s
+import pyarrow as pa
+import pyarrow.parquet as pq
+import Stemmer
+
+from pipeline.store import Stage
+
+PASSAGES = "passages.parquet"
+
+
+class Hit(NamedTuple):
+    """A passage's row, and its BM25 score divided by the question's words that count: comparable between questions."""
+
+    passage: dict[str, Any]
+    score: float
+
+
+class PassageIndex:
+    """BM25 over the heading and text of passages; `passages` has the columns heading and text, and any others."""
+
+    def __init__(self, passages: pa.Table, bm25: bm25s.BM25) -> None:
+        self._passages = passages
+        self._bm25 = bm25
+
+    @classmethod
+    def build(cls, passages: pa.Table) -> "PassageIndex":
+        headings, texts = passages["heading"].to_pylist(), passages["text"].to_pylist()
+        texts = [f"{heading}\n{text}" for heading, text in zip(headings, texts, strict=True)]
+        bm25 = bm25s.BM25()
+        bm25.index(_words(texts), show_progress=False)
+        return cls(passages, bm25)
+
+    def save(self, folder: Path) -> None:
+        self._bm25.save(folder, show_progress=False)
+        pq.write_table(self._passages, folder / PASSAGES, compression="zstd")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PassageIndex":
+        """Load without pickle; the scores are mapped from the disk."""
+        bm25 = bm25s.BM25.load(folder, mmap=True, allow_pickle=False, show_progress=False)
+        return cls(pq.read_table(folder / PASSAGES), bm25)
+
+    def search(self, question: str, k: int) -> list[Hit]:
+        """Return the k best passages, best first; fewer if fewer share a word with the question."""
+        (words,) = _words([question])
+        if not words or not len(self._passages):
+            return []
+        found, scores = self._bm25.retrieve([words], k=min(k, len(self._passages)), show_progress=False)
+        hits = [(int(row), float(score)) for row, score in zip(found[0], scores[0], strict=True) if score > 0]
+        rows = self._passages.take(pa.array([row for row, _ in hits], pa.int64())).to_pylist()
+        return [Hit(row, score / len(words)) for row, (_, score) in zip(rows, hits, strict=True)]
+
+
+def corpus_passages(documents: Stage, passages: Stage) -> pa.Table:
+    """Return all passages of a run with the source of their document: passage_id, source, heading, text."""
+    source_of = {
+        doc_id: source
+        for shard in documents.shards()
+        for doc_id, source in zip(*documents.read_shard(shard, ["doc_id", "source"]).to_pydict().values(), strict=True)
+    }
+    columns = ["passage_id", "doc_id", "heading", "text"]
+    tables = [passages.read_shard(shard, columns) for shard in passages.shards()]
+    table = pa.concat_tables([pa.schema([(c, pa.string()) for c in columns]).empty_table(), *tables])
+    sources = pa.array([source_of[doc_id] for doc_id in table["doc_id"].to_pylist()], pa.string())
+    return table.set_column(1, "source", sources)
+
+
+def _words(texts: list[str]) -> list[list[str]]:
+    words: Any = bm25s.tokenize(
+        texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), return_ids=False, show_progress=False
+    )
+    return words

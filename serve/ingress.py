@@ -1,0 +1,286 @@
+"""HTTP -> who asks, which version, which passages -> a replica; and its answer or a clear error back.
+
+In: OpenAI requests from any client. Out: OpenAI responses; what we add to one stands under its key `distillery`.
+The aliases, keys and names of the registry are remembered for `serve.alias_seconds`, so a moved alias takes effect that
+soon, on every ingress replica, without a restart. Errors have OpenAI's shape and hold no internals; keys and prompts
+are never logged.
+"""
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from cachetools import TTLCache
+from fastapi import Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from ray.exceptions import RayActorError
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ErrorResponse,
+    ModelCard,
+)
+from ray.llm._internal.serve.utils.broadcast import broadcast
+from ray.serve.handle import DeploymentHandle
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+
+from pipeline.config import Serve
+from pipeline.prompts import retrieval_question
+from serve.access import Caller, identify, read_keys
+from serve.http import error_body, make_http_app
+from serve.registry import Refused, Registry, Version
+from serve.retrieval import Corpora
+
+AUTO = "auto"
+ATTEMPTS = 3  # a replica that dies before its first token costs the client nothing
+log = logging.getLogger("ray.serve")
+
+
+class Ingress(OpenAiIngress):
+    """The HTTP side of the endpoint; it holds no model and can have any number of replicas."""
+
+    def __init__(self, server: DeploymentHandle, base: dict[str, Any], registry: str, settings: Serve) -> None:
+        """`base` is the base model's card: its `id` is the name that clients use."""
+        self._base: str = base["id"]
+        card = ModelCard(id=self._base, object="model", owned_by="base", permission=[], metadata={})
+        super().__init__({self._base: server}, {self._base: card})
+        self._base_card = base
+        self._registry = Registry(registry)
+        self._settings = settings
+        self._corpora = Corpora(self._registry, settings.max_adapter_mb << 20)
+        self._remembered: TTLCache[Any, Any] = TTLCache(10_000, settings.alias_seconds)
+        self._manifest = lru_cache(10_000)(self._registry.manifest)
+        self._active: Counter[str] = Counter()
+
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        caller = await self._caller(request)
+        extra: dict[str, Any] = {}
+        question = _last_question(body)
+        version = await self._version(body.model, caller, question, extra)
+        retrieval = (body.model_extra or {}).get("retrieval")
+        if retrieval:
+            await self._add_passages(body, version, question, retrieval, extra)
+        body.model = version.model_id if version else self._base
+        return await self._respond(body, "chat", caller, extra)
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        caller = await self._caller(request)
+        extra: dict[str, Any] = {}
+        if (body.model_extra or {}).get("retrieval"):
+            raise Refused(400, "unsupported", "'retrieval' needs /v1/chat/completions.")
+        version = await self._version(body.model, caller, body.prompt if isinstance(body.prompt, str) else None, extra)
+        body.model = version.model_id if version else self._base
+        return await self._respond(body, "completions", caller, extra)
+
+    async def models(self, request: Request) -> Response:
+        """The base model and every live adapter that the caller may use."""
+        caller = await self._caller(request)
+        live = [version for version in await self._live() if caller.may_use(version.name)]
+        cards = await asyncio.gather(*(asyncio.to_thread(self._card, version) for version in live))
+        return JSONResponse({"object": "list", "data": [self._base_card, *(card for card in cards if card)]})
+
+    async def model_data(self, model: str, request: Request) -> Response:
+        caller = await self._caller(request)
+        version = await self._version(model, caller, None, {})
+        card = await asyncio.to_thread(self._card, version) if version else self._base_card
+        if card is None:
+            raise Refused(404, "model_not_found", f"The model {model[:200]!r} does not exist.")
+        return JSONResponse(card | {"id": model})
+
+    async def adapters(self, request: Request) -> Response:
+        """The state of every adapter on every replica: what is loaded where, and why something is not."""
+        caller = await self._caller(request)
+        server = self._default_serve_handles[self._base]
+        replicas = await asyncio.to_thread(broadcast, server, "adapter_states")
+        for replica in replicas:
+            states = replica["adapters"].items()
+            replica["adapters"] = {name: s for name, s in states if caller.may_use(name.partition("@")[0])}
+        return JSONResponse({"replicas": replicas})
+
+    async def health(self) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def page(self) -> Response:
+        return HTMLResponse(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+
+    async def metrics(self) -> Response:
+        """Prometheus text of every node of the cluster: Serve's, vLLM's and our own metrics."""
+        nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+        urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
+        async with httpx.AsyncClient(timeout=10) as client:
+            found = await asyncio.gather(*(client.get(url) for url in urls), return_exceptions=True)
+        return PlainTextResponse("".join(reply.text for reply in found if isinstance(reply, httpx.Response)))
+
+    async def _caller(self, request: Request) -> Caller:
+        keys = await self._remember("keys", read_keys, self._registry.folder)
+        return identify(keys, request.headers.get("authorization"))
+
+    async def _version(
+        self, model: str | None, caller: Caller, question: str | None, extra: dict[str, Any]
+    ) -> Version | None:
+        """Return the version that a request means, None for the base model; unknown and forbidden look alike."""
+        if not model or model == self._base:
+            return None
+        if model == AUTO:
+            return await self._route(caller, question, extra)
+        if not caller.may_use(model.partition("@")[0]):
+            raise Refused(404, "model_not_found", f"The model {model[:200]!r} does not exist.")
+        return await self._remember(("model", model), self._registry.resolve, model)
+
+    async def _route(self, caller: Caller, question: str | None, extra: dict[str, Any]) -> Version | None:
+        if not question:
+            raise Refused(400, "unsupported", "'auto' needs a question in plain text.")
+        live = await self._live()
+        allowed = frozenset(version.name for version in live if caller.may_use(version.name))
+        found = await asyncio.to_thread(self._corpora.route, question, frozenset(live), allowed)
+        chosen = found[0] if found and found[1] >= self._settings.auto_min_score else None
+        extra["route"] = {
+            "model": chosen.model_id if chosen else self._base,
+            "score": round(found[1], 3) if found else 0.0,
+            "min_score": self._settings.auto_min_score,
+        }
+        return chosen
+
+    async def _add_passages(
+        self, body: ChatCompletionRequest, version: Version | None, question: str | None, k: Any, extra: dict[str, Any]
+    ) -> None:
+        """Put the best passages of the adapter's own corpus before the question, as the teacher saw them."""
+        k = self._settings.retrieval_passages if k is True else k
+        if not isinstance(k, int) or not 1 <= k <= 20:
+            raise Refused(400, "invalid_value", f"retrieval = {k!r} must be true or a number of passages from 1 to 20.")
+        if version is None or not question:
+            raise Refused(400, "unsupported", "'retrieval' needs an adapter and a question in plain text.")
+        hits = await asyncio.to_thread(self._corpora.search, version, question, k)
+        passages = [(hit.passage["heading"], hit.passage["text"]) for hit in hits]
+        messages: Any = body.messages
+        messages[-1]["content"] = retrieval_question(passages, question)
+        extra["sources"] = [
+            {**{key: hit.passage[key] for key in ("source", "heading", "text")}, "score": round(hit.score, 3)}
+            for hit in hits
+        ]
+
+    async def _live(self) -> list[Version]:
+        return await self._remember("live", lambda: [self._registry.resolve(name) for name in self._registry.names()])
+
+    def _card(self, version: Version) -> dict[str, Any] | None:
+        try:
+            manifest = self._manifest(version)
+        except Refused:
+            return None
+        metadata = {
+            key: manifest[key] for key in ("version", "base_model", "base_revision", "rank", "scores", "created")
+        }
+        return {
+            "id": version.name,
+            "object": "model",
+            "created": int(datetime.fromisoformat(manifest["created"]).timestamp()),
+            "owned_by": "corpus",
+            "parent": self._base,
+            "metadata": metadata | {"corpus": version.name, "probe": (manifest["probe"] or {}).get("question")},
+        }
+
+    async def _remember(self, key: Any, read: Callable[..., Any], *arguments: Any) -> Any:
+        found = self._remembered.get(key, self)
+        if found is self:
+            found = self._remembered[key] = await asyncio.to_thread(read, *arguments)
+        return found
+
+    async def _respond(
+        self, body: ChatCompletionRequest | CompletionRequest, call: str, caller: Caller, extra: dict[str, Any]
+    ) -> Response:
+        stream = self._answer(body, call, caller)
+        async with asyncio.timeout(self._settings.request_timeout_s):
+            first = await anext(stream)
+        if not body.stream:
+            await stream.aclose()
+            return JSONResponse(first.model_dump() | ({"distillery": extra} if extra else {}))
+        return StreamingResponse(_events(first, stream, body.model or "", extra), media_type="text/event-stream")
+
+    async def _answer(self, body: Any, call: str, caller: Caller) -> AsyncGenerator[Any, None]:
+        """Yield what the replica yields; a caller's share of the endpoint is counted while it does."""
+        if self._active[caller.id] >= self._settings.max_requests_per_key:
+            raise Refused(
+                429, "rate_limit_exceeded", f"More than {self._settings.max_requests_per_key} requests at once."
+            )
+        self._active[caller.id] += 1
+        try:
+            for attempt in range(1, ATTEMPTS + 1):
+                started = False
+                try:
+                    async for item in self._get_response(body=body, call_method=call):
+                        if isinstance(item, ErrorResponse):
+                            raise Refused(item.error.code, item.error.type, item.error.message)
+                        started = True
+                        yield item
+                    return
+                except RayActorError:
+                    if started or attempt == ATTEMPTS:
+                        raise
+        finally:
+            self._active[caller.id] -= 1
+
+    def _get_configured_serve_handle(self, model_id: str) -> DeploymentHandle:
+        """Route an adapter's requests to the replicas that have it; the base model's go anywhere."""
+        server = self._default_serve_handles[self._base]
+        if model_id == self._base:
+            return server.options(stream=True)
+        return server.options(stream=True, multiplexed_model_id=model_id)
+
+    async def _get_model_id(self, model: str | None) -> str:
+        return model or self._base
+
+
+def make_ingress(settings: Serve) -> Any:
+    """Return the ingress class with its routes, for `serve.deployment`."""
+    app = make_http_app(settings)
+    routes = {
+        "chat": app.post("/v1/chat/completions"),
+        "completions": app.post("/v1/completions"),
+        "models": app.get("/v1/models"),
+        "model_data": app.get("/v1/models/{model:path}"),
+        "adapters": app.get("/v1/adapters"),
+        "health": app.get("/health"),
+        "metrics": app.get("/metrics"),
+        "page": app.get("/"),
+    }
+    endpoint_map: Any = {name: lambda _, route=route: route for name, route in routes.items()}
+    return make_fastapi_ingress(Ingress, endpoint_map=endpoint_map, app=app)
+
+
+async def _events(
+    first: Any, rest: AsyncGenerator[Any, None], model: str, extra: dict[str, Any]
+) -> AsyncGenerator[str, None]:
+    """Join a stream's batches of server-sent events; what went wrong in the middle becomes an event too."""
+    done = "data: [DONE]\n\n"
+    tail = ""
+    if extra:
+        chunk = {"id": "distillery", "object": "chat.completion.chunk", "created": 0, "model": model, "choices": []}
+        tail = f"data: {json.dumps(chunk | {'distillery': extra})}\n\n"
+
+    def text(batch: Any) -> str:
+        return ("".join(batch) if isinstance(batch, list) else batch).replace(done, tail + done)
+
+    try:
+        yield text(first)
+        async for batch in rest:
+            yield text(batch)
+    except Exception as error:
+        log.warning("a stream of %s ended early: %s", model, type(error).__name__)
+        message = error.message if isinstance(error, Refused) else "The replica stopped; ask again."
+        yield f"data: {json.dumps(error_body(503, 'service_unavailable', message))}\n\n{done}"
+    finally:
+        await rest.aclose()
+
+
+def _last_question(body: ChatCompletionRequest) -> str | None:
+    message: Any = body.messages[-1] if body.messages else {}
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, str) else None

@@ -1,0 +1,73 @@
+"""Question -> passages of an adapter's own corpus, and question -> the adapter whose corpus answers it best.
+
+In: the passages and the index published with every version. Out: hits in order of their score.
+Indexes are copied and loaded on first use, least recently used out first; the routing index holds every live corpus and
+is built again when a live version changes.
+"""
+
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from cachetools import LRUCache
+
+from pipeline.retrieve import PASSAGES, Hit, PassageIndex
+from serve.registry import Refused, Registry, Version
+
+INDEXES_IN_MEMORY = 64
+
+
+class Corpora:
+    """The corpora of a registry, for one process; its methods block and may be called from several threads."""
+
+    def __init__(self, registry: Registry, max_bytes: int) -> None:
+        self._registry = registry
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._indexes: LRUCache[Version, PassageIndex] = LRUCache(INDEXES_IN_MEMORY)
+        self._routed: frozenset[Version] = frozenset()
+        self._routes: PassageIndex | None = None
+
+    def search(self, version: Version, question: str, k: int) -> list[Hit]:
+        """Return the k best passages of a version's corpus; Refused with 409 if it was published without them."""
+        with self._lock:
+            if version not in self._indexes:
+                folder = self._fetch(version)
+                self._indexes[version] = PassageIndex.load(folder)
+                shutil.rmtree(folder)  # mapped files live on until the index is dropped
+            index = self._indexes[version]
+        return index.search(question, k)
+
+    def route(
+        self, question: str, versions: frozenset[Version], allowed: frozenset[str]
+    ) -> tuple[Version, float] | None:
+        """Return the live version whose best passage fits the question best, and the score; None if none fits."""
+        with self._lock:
+            if versions != self._routed:
+                self._routes, self._routed = self._build_routes(versions), versions
+            index = self._routes
+        hits = index.search(question, k=32) if index else []
+        best = next((hit for hit in hits if hit.passage["name"] in allowed), None)
+        return best and (Version(best.passage["name"], best.passage["version"]), best.score)
+
+    def _build_routes(self, versions: frozenset[Version]) -> PassageIndex | None:
+        tables = []
+        for version in sorted(versions):
+            try:
+                folder = self._fetch(version, {PASSAGES})
+            except Refused:
+                continue  # published without passages: it can be named, not found
+            passages = pq.read_table(folder / PASSAGES, columns=["heading", "text"])
+            shutil.rmtree(folder)
+            for column, value in version._asdict().items():
+                passages = passages.append_column(column, pa.array([value] * len(passages), pa.string()))
+            tables.append(passages)
+        return PassageIndex.build(pa.concat_tables(tables)) if tables else None
+
+    def _fetch(self, version: Version, only: set[str] | None = None) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="passages-"))
+        self._registry.fetch_retrieval(version, folder, self._max_bytes, only)
+        return folder

@@ -1,0 +1,242 @@
+"""Request -> base model + the adapter it names -> tokens: one replica, which owns one vLLM engine.
+
+In: OpenAI requests whose `model` is an exact version, routed by Serve's multiplexing. Out: OpenAI responses.
+On first use an adapter is copied from the registry and checked, loaded, and asked a question whose answer is known:
+
+    registered -> loading -> probing -> ready | failed(reason)
+
+vLLM keeps the least recently used ones out of its slots (GPU) and its cache (CPU memory); Serve's multiplexing keeps
+the number on the replica's disk bounded. Nothing is dropped while a request uses it: the engine reads files lazily, and
+would die of a missing one.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from ray import serve
+from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest, ErrorResponse
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+from ray.util.metrics import Counter as MetricCounter
+from ray.util.metrics import Histogram
+from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+from pipeline.base_model import BaseModel
+from pipeline.config import Serve
+from serve.registry import Refused, Registry, Version
+
+FAILED_S = 30.0  # a failed adapter is tried again after this long
+TIE_NATS = 0.25  # bf16 kernels may swap two tokens that are closer than this
+PINNED_S = 5.0
+
+
+@dataclass
+class AdapterState:
+    """Where an adapter stands on this replica."""
+
+    state: Literal["registered", "loading", "probing", "ready", "failed"]
+    since: float  # seconds since the epoch
+    reason: str = ""
+    pinned: bool = False
+    load_s: float = 0.0
+
+
+class AdapterServer(LLMServer):
+    """LLMServer that takes its adapters from our registry."""
+
+    async def __init__(self, llm_config: LLMConfig, *, registry: str, base: BaseModel, settings: Serve) -> None:
+        self._registry = Registry(registry)
+        self._base = base
+        self._settings = settings
+        self._cache = _own_folder(Path(settings.cache_dir))
+        self._states: dict[str, AdapterState] = {}
+        self._in_use: Counter[str] = Counter()
+        self._idle = asyncio.Condition()
+        self._loads = MetricCounter("distillery_adapter_loads", "Adapters loaded on a replica.", ("outcome",))
+        self._load_seconds = Histogram(
+            "distillery_adapter_load_s", "From the first request to ready.", [0.1, 0.3, 1, 3, 10, 30]
+        )
+        await super().__init__(llm_config, model_downloader=partial(_Loader, self))  # type: ignore[arg-type]
+        for name in settings.preload:
+            with contextlib.suppress(Refused):  # its state says why
+                await self._load_model(self._registry.resolve(name).model_id)
+        self._pinning = asyncio.create_task(self._keep_pinned())
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return self._using(request.model, await super().chat(request, raw_request_info))
+
+    async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return self._using(request.model, await super().completions(request, raw_request_info))
+
+    async def adapter_states(self) -> dict[str, Any]:
+        """Return this replica's id and the state of every adapter that it has met."""
+        replica = serve.get_replica_context().replica_tag
+        return {"replica": replica, "adapters": {name: asdict(state) for name, state in self._states.items()}}
+
+    def _using(self, model: str, stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        self._in_use[model] += (
+            1  # here and not below: a generator's body starts later, and an eviction could come first
+        )
+
+        async def counted() -> AsyncGenerator[Any, None]:
+            try:
+                async with contextlib.aclosing(stream):
+                    async for item in stream:
+                        yield item
+            finally:
+                self._in_use[model] -= 1
+                async with self._idle:
+                    self._idle.notify_all()
+
+        return counted()
+
+    async def load_adapter(self, model_id: str) -> SimpleNamespace:
+        """Bring an adapter to `ready`, or raise Refused; Serve's multiplexing calls this once at a time."""
+        state = self._states.get(model_id)
+        if state and state.state == "failed" and time.time() - state.since < FAILED_S:
+            raise Refused(409, "adapter_refused", state.reason)
+        if state and state.state == "ready":  # pinned: dropped by Serve, kept by the engine
+            return self._loaded(model_id)
+        started = time.monotonic()
+        name, _, version = model_id.partition("@")
+        folder = self._cache / model_id
+        try:
+            self._enter(model_id, "loading")
+            max_bytes = self._settings.max_adapter_mb << 20
+            manifest = await asyncio.to_thread(
+                self._registry.fetch_adapter,
+                Version(name, version),
+                folder,
+                self._base,
+                self._settings.max_rank,
+                max_bytes,
+            )
+            loaded = self._loaded(model_id)
+            await self._engine.resolve_lora(loaded)
+            self._enter(model_id, "probing")
+            if manifest["probe"] is not None:
+                await self._probe(model_id, manifest["probe"])
+        except Exception as error:
+            await self._forget(model_id)
+            reason = str(error) if isinstance(error, Refused) else f"The adapter {model_id!r} could not be loaded."
+            self._enter(model_id, "failed", reason)
+            self._loads.inc(tags={"outcome": "failed"})
+            raise error if isinstance(error, Refused) else Refused(409, "adapter_refused", reason) from error
+        self._enter(model_id, "ready")
+        self._states[model_id].load_s = round(time.monotonic() - started, 3)
+        self._load_seconds.observe(time.monotonic() - started)
+        self._loads.inc(tags={"outcome": "ready"})
+        return loaded
+
+    def _loaded(self, model_id: str) -> SimpleNamespace:
+        # Serve awaits `__del__` of what it drops; on the instance, Python's own collector never calls it.
+        return SimpleNamespace(
+            model_id=model_id, local_path=str(self._cache / model_id), __del__=partial(self._drop, model_id)
+        )
+
+    async def _drop(self, model_id: str) -> None:
+        """Unload an adapter as soon as no request uses it; a pinned one stays."""
+        if self._states[model_id].pinned:
+            return
+        async with self._idle:
+            await self._idle.wait_for(lambda: not self._in_use[model_id])
+        await self._forget(model_id)
+        self._enter(model_id, "registered")
+
+    async def _forget(self, model_id: str) -> None:
+        models = self._engine._oai_models
+        if model_id in models.lora_requests:
+            lora_id = self._lora_id(model_id)
+            await models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=model_id))
+            await self._engine._engine_client.remove_lora(lora_id)
+        await asyncio.to_thread(shutil.rmtree, self._cache / model_id, ignore_errors=True)
+
+    async def _probe(self, model_id: str, probe: dict[str, Any]) -> None:
+        """Ask the probe question; Refused unless the engine answers as PEFT did, up to a tie."""
+        request = CompletionRequest(
+            model=model_id,
+            prompt=probe["prompt_ids"],
+            max_tokens=len(probe["answer_ids"]),
+            temperature=0.0,
+            logprobs=5,
+            return_tokens_as_token_ids=True,
+        )
+        response = await anext(self._engine.completions(request))
+        if isinstance(response, ErrorResponse):
+            raise Refused(
+                409, "adapter_refused", f"The adapter {model_id!r} failed its probe: {response.error.message}"
+            )
+        logprobs = response.choices[0].logprobs
+        for wanted, given, top in zip(probe["answer_ids"], logprobs.tokens, logprobs.top_logprobs, strict=False):
+            if given == f"token_id:{wanted}":
+                continue
+            lead = top[given] - top.get(f"token_id:{wanted}", float("-inf"))
+            if lead > TIE_NATS:
+                raise Refused(
+                    409,
+                    "adapter_refused",
+                    f"The adapter {model_id!r} failed its probe: the answer differs from the one recorded when it was "
+                    f"published, by {lead:.2f} nats.",
+                )
+            return
+
+    async def _keep_pinned(self) -> None:
+        """Hold the live versions of pinned names in the engine's slots, all but one slot at most."""
+        while True:
+            with contextlib.suppress(Refused, OSError):
+                wanted = await asyncio.to_thread(self._pinned_models)
+                for model_id in [m for m, state in self._states.items() if state.pinned and m not in wanted]:
+                    await self._engine._engine_client.remove_lora(self._lora_id(model_id))  # vLLM knows no unpin
+                    self._states[model_id].pinned = False
+                for model_id in wanted:
+                    await self._load_model(model_id)
+                    if not self._states[model_id].pinned:
+                        await self._engine._engine_client.pin_lora(self._lora_id(model_id))
+                        self._states[model_id].pinned = True
+            await asyncio.sleep(PINNED_S)
+
+    def _pinned_models(self) -> list[str]:
+        pinned = [name for name in self._registry.names() if self._registry.alias(name)["pinned"]]
+        return [self._registry.resolve(name).model_id for name in pinned[: self._settings.adapter_slots - 1]]
+
+    def _lora_id(self, model_id: str) -> int:
+        return self._engine._oai_models.lora_requests[model_id].lora_int_id
+
+    @property
+    def _engine(self) -> Any:
+        """The vLLM engine wrapper; its members are Ray's own, tested with the pinned version."""
+        return self.engine
+
+    def _enter(self, model_id: str, state: Any, reason: str = "") -> None:
+        self._states[model_id] = AdapterState(state, time.time(), reason)
+
+
+class _Loader:
+    """The seam that LLMServer offers for loading adapters."""
+
+    def __init__(self, server: AdapterServer, **_: Any) -> None:
+        self._server = server
+
+    async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> SimpleNamespace:
+        return await self._server.load_adapter(lora_model_id)
+
+
+def _own_folder(cache: Path) -> Path:
+    """Make this process's folder, and remove those of processes that are gone."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for old in cache.iterdir():
+        if old.name.isdigit() and not Path("/proc", old.name).exists():
+            shutil.rmtree(old, ignore_errors=True)
+    own = cache / str(os.getpid())
+    own.mkdir(exist_ok=True)
+    return own

@@ -1,0 +1,283 @@
+"""The endpoint as its users meet it: `python -m serve`, the official OpenAI client, six adapters on two slots.
+
+One engine serves all tests of this file, with two slots, room for three adapters in memory and four on disk, so that
+mixed traffic evicts at every level. What PEFT on transformers answers is the measure of a right answer.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from pipeline.engine import load_tokenizer
+from pipeline.publish import move_alias
+from serve.access import add_key
+from tests.serve.conftest import ANSWER_TOKENS, MODEL, NAMES, QUESTION, Published, endpoint, until
+
+pytestmark = pytest.mark.slow
+
+BASE_NAME = MODEL.name
+TIE_NATS = 0.25
+
+
+@pytest.fixture(scope="module")
+def url(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    config = tmp_path_factory.mktemp("serve") / "config.toml"
+    config.write_text(
+        f"""
+        run_dir = "{config.parent}/run"
+        [model]
+        path = "{MODEL}"
+        max_model_len = 512
+        [read]
+        paths = ["nothing"]
+        [publish]
+        registry = "{published.registry.folder.uri}"
+        name = "test"
+        [serve]
+        adapter_slots = 2
+        adapters_in_memory = 3
+        adapters_on_disk = 4
+        max_rank = 8
+        max_body_kb = 64
+        max_requests_per_key = 48
+        alias_seconds = 0.5
+        cache_dir = "{config.parent}/cache"
+        [cluster]
+        kv_cache_gb = 1
+        """
+    )
+    with endpoint(config) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def ask(client: openai.OpenAI, model: str, **more: Any) -> Any:
+    return client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=ANSWER_TOKENS,
+        temperature=0,
+        **more,
+    )
+
+
+def assert_answers_as(reply: Any, expected: list[int]) -> None:
+    """The same tokens as PEFT, or another one where the two were within a tie of bf16."""
+    tokens = reply.choices[0].logprobs.content
+    for wanted, token in zip(expected, tokens, strict=False):
+        given = int(token.token.removeprefix("token_id:"))
+        if given == wanted:
+            continue
+        others = {int(top.token.removeprefix("token_id:")): top.logprob for top in token.top_logprobs}
+        assert token.logprob - others.get(wanted, float("-inf")) < TIE_NATS, (given, wanted, others)
+        return
+
+
+def ask_with_tokens(client: openai.OpenAI, model: str) -> Any:
+    return ask(client, model, logprobs=True, top_logprobs=5, extra_body={"return_tokens_as_token_ids": True})
+
+
+def states(url: str) -> dict[str, dict[str, Any]]:
+    (replica,) = httpx.get(f"{url}/v1/adapters", timeout=60).json()["replicas"]
+    return replica["adapters"]
+
+
+def test_chat_completion_and_stream_agree(client: openai.OpenAI, published: Published) -> None:
+    reply = ask(client, "ada")
+    text = reply.choices[0].message.content
+    assert reply.model == published.registry.resolve("ada").model_id
+    chunks = list(ask(client, "ada", stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+    assert len(chunks) > 3, "the answer came in one piece"
+    prompt = load_tokenizer(str(MODEL)).apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
+    )
+    completion = client.completions.create(
+        model="ada", prompt=prompt, max_tokens=ANSWER_TOKENS, temperature=0, extra_body={"add_special_tokens": False}
+    )
+    assert completion.choices[0].text == text
+    assert ask(client, BASE_NAME).choices[0].message.content != text
+
+
+def test_models_are_listed_with_their_metadata(client: openai.OpenAI, published: Published) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    assert list(listed) == [BASE_NAME, *NAMES]
+    metadata: Any = listed["ada"].model_dump()["metadata"]
+    live = published.registry.resolve("ada")
+    assert (metadata["corpus"], metadata["version"], metadata["rank"]) == ("ada", live.version, 8)
+    assert metadata["created"] and metadata["base_revision"]
+    assert client.models.retrieve(live.model_id).id == live.model_id
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")
+
+
+def test_mixed_traffic_over_few_slots_is_answered_by_the_right_adapter(
+    client: openai.OpenAI, url: str, published: Published
+) -> None:
+    asked = [NAMES[number * 5 % len(NAMES)] if number % 7 else "" for number in range(60)]
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda name: ask_with_tokens(client, name or BASE_NAME), asked))
+    for name, reply in zip(asked, replies, strict=True):
+        assert_answers_as(reply, published.expected[name])
+    ready = [name for name, state in states(url).items() if state["state"] == "ready"]
+    assert 1 <= len(ready) <= 4, "more adapters on the disk than allowed"
+
+
+def test_errors_have_openai_shape_and_hold_no_internals(client: openai.OpenAI, url: str) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        ask(client, "nobody")
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        ask(client, "../ada")
+    with pytest.raises(openai.BadRequestError):
+        ask(client, "ada", extra_body={"max_tokens": 10_000})
+    with pytest.raises(openai.BadRequestError):
+        ask(client, "ada", extra_body={"retrieval": 99})
+    for body, status in (
+        (b"x" * 70_000, 413),
+        (b'{"model": "ada", "messages": [{"role": "user", "content": "\xff\xfe"}]}', 400),
+        (b"{", 400),
+        (b'{"model": "ada"}', 400),
+        (b'{"model": "ada", "messages": []}', 400),
+    ):
+        reply = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        assert reply.status_code == status, reply.text
+        assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+        assert "Traceback" not in reply.text and "ray." not in reply.text
+    chunked = httpx.post(f"{url}/v1/chat/completions", content=iter([b"x" * 10_000] * 8))
+    assert chunked.status_code == 413
+    assert ask(client, "ada").choices
+
+
+def test_a_damaged_adapter_is_refused_and_the_others_go_on(
+    client: openai.OpenAI, url: str, published: Published
+) -> None:
+    folder = Path(published.registry.folder.uri)
+    (folder / "broken").mkdir()
+    version = published.registry.resolve("ada").version
+    for file in (folder / "ada" / version).iterdir():
+        target = folder / "broken" / version / file.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes().replace(b'"ada"', b'"broken"'))
+    manifest = json.loads((folder / "broken" / version / "manifest.json").read_text())
+    # A file that is whole and fits, and still is not the adapter that was published: only the probe can tell.
+    answer = manifest["probe"]["answer_ids"]
+    manifest["probe"]["answer_ids"] = [answer[0] + 1, *answer[1:]]
+    (folder / "broken" / version / "manifest.json").write_text(json.dumps(manifest))
+    move_alias(published.registry.folder / "broken", version)
+    with pytest.raises(openai.ConflictError) as refused:
+        ask(client, "broken")
+    assert "failed its probe" in refused.value.message
+    assert states(url)[f"broken@{version}"]["state"] == "failed"
+    assert_answers_as(ask_with_tokens(client, "ada"), published.expected["ada"])
+
+
+def test_a_moved_alias_takes_effect_without_a_failed_or_stale_answer(
+    client: openai.OpenAI, published: Published
+) -> None:
+    registry = published.registry
+    folder = Path(registry.folder.uri)
+    old, other = registry.resolve("dora"), registry.resolve("emil")
+    new = folder / "dora" / other.version
+    new.mkdir()
+    for file in (folder / "emil" / other.version).iterdir():
+        (new / file.name).write_bytes(file.read_bytes().replace(b'"name": "emil"', b'"name": "dora"'))
+    replies: list[Any] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            replies.append(ask_with_tokens(client, "dora"))
+
+    workers = [threading.Thread(target=load) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    until(lambda: len(replies) >= 8)
+    move_alias(registry.folder / "dora", other.version)
+    until(lambda: sum(reply.model.endswith(other.version) for reply in replies) >= 8)
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert {reply.model for reply in replies} == {f"dora@{old.version}", f"dora@{other.version}"}
+    for reply in replies:
+        assert_answers_as(reply, published.expected["emil" if reply.model.endswith(other.version) else "dora"])
+    assert_answers_as(ask_with_tokens(client, old.model_id), published.expected["dora"])
+    move_alias(registry.folder / "dora", old.version)
+
+
+def test_a_client_that_leaves_frees_its_place(client: openai.OpenAI, url: str) -> None:
+    def leave(number: int) -> None:
+        body = {"model": NAMES[number % 6], "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 400}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=120) as reply:
+            next(reply.iter_lines())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(leave, range(24)))
+    # Were they still in work, this would wait behind 9,600 tokens or be one too many.
+    assert ask(client, "ada").choices
+
+
+def test_too_many_requests_of_one_key_get_429_and_nobody_hangs(url: str) -> None:
+    def one(number: int) -> int:
+        body = {"model": NAMES[number % 2], "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8}
+        reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+        assert (reply.status_code == 200) or "retry-after" in reply.headers
+        return reply.status_code
+
+    with ThreadPoolExecutor(200) as pool:
+        seen = list(pool.map(one, range(200)))
+    assert set(seen) <= {200, 429, 503}
+    assert seen.count(200) >= 48
+
+
+def test_metrics_health_and_page(url: str) -> None:
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert "Corpus Distillery" in httpx.get(f"{url}/").text
+    text = until(lambda: (found := httpx.get(f"{url}/metrics", timeout=30).text) * ("distillery" in found))
+    assert "vllm" in text and "distillery_adapter_loads" in text
+
+
+def test_a_killed_engine_comes_back(client: openai.OpenAI, url: str, published: Published) -> None:
+    engines = [p for p in psutil.process_iter(["name", "cmdline"]) if "EngineCore" in " ".join(p.info["cmdline"] or [])]
+    (engine,) = [p for p in engines if os.getpid() in {parent.pid for parent in p.parents()}]
+    engine.send_signal(signal.SIGKILL)
+
+    def back() -> Any:
+        try:
+            return ask_with_tokens(client, "fay")
+        except openai.APIStatusError as error:
+            assert error.status_code in (500, 503), error
+            return None
+
+    assert_answers_as(until(back, 180), published.expected["fay"])
+    assert states(url).keys() == {published.registry.resolve("fay").model_id}
+
+
+def test_keys_open_their_own_adapters_only(url: str, published: Published) -> None:
+    _, secret = add_key(published.registry.folder, ["ada"])
+    until(lambda: httpx.get(f"{url}/v1/models").status_code == 401, 20)
+    caller = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=120)
+    assert [model.id for model in caller.models.list()] == [BASE_NAME, "ada"]
+    assert ask(caller, "ada").choices
+    with pytest.raises(openai.NotFoundError) as forbidden:
+        ask(caller, "bob")
+    with pytest.raises(openai.NotFoundError) as unknown:
+        ask(caller, "zed")
+    assert forbidden.value.message.replace("bob", "zed") == unknown.value.message
+    with pytest.raises(openai.AuthenticationError):
+        ask(openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0), "ada")
+    Path(published.registry.folder.uri, "keys.json").unlink()
