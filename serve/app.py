@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.llm import LLMConfig, LoraConfig, build_llm_deployment
+from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from pipeline.base_model import BaseModel, load_base_model
 from pipeline.config import Config, load_config
@@ -49,10 +49,11 @@ def build_app(config: Config) -> serve.Application:
 def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
     settings, cluster = config.serve, config.cluster
     on_gpu = cluster.engine_gpus > 0
-    return LLMConfig(
+    # Validated by pydantic, whose dicts-as-models pyright does not see.
+    arguments: dict[str, Any] = dict(
         model_loading_config={"model_id": model_name(config), "model_source": base.path},
         accelerator_config={"kind": "gpu" if on_gpu else "cpu"},
-        lora_config=LoraConfig(max_num_adapters_per_replica=settings.adapters_on_disk),
+        lora_config={"max_num_adapters_per_replica": settings.adapters_on_disk},
         engine_kwargs=engine_arguments(config.model, cluster)
         | {
             "enable_lora": True,
@@ -75,6 +76,7 @@ def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
         },
         runtime_env=None if on_gpu else {"env_vars": {"OMP_NUM_THREADS": str(cluster.engine_cpus)}},
     )
+    return LLMConfig(**arguments)
 
 
 def model_name(config: Config) -> str:

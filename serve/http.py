@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,7 +31,7 @@ def make_http_app(settings: Serve) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http)
     for kind in (BackPressureError, RayActorError, RayServeException):
         app.add_exception_handler(kind, _on_busy)
-    for kind in (RayError, Exception):
+    for kind in (RayTaskError, Exception):
         app.add_exception_handler(kind, _on_failure)
     return app
 

@@ -21,7 +21,7 @@ import ray
 from cachetools import TTLCache
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -221,6 +221,8 @@ class Ingress(OpenAiIngress):
                         started = True
                         yield item
                     return
+                except RayTaskError as error:
+                    raise error.cause if isinstance(error.cause, Refused) else error from None
                 except RayActorError:
                     if started or attempt == ATTEMPTS:
                         raise

@@ -21,12 +21,12 @@ import pytest
 from pipeline.engine import load_tokenizer
 from pipeline.publish import move_alias
 from serve.access import add_key
+from serve.server import TIE_NATS
 from tests.serve.conftest import ANSWER_TOKENS, MODEL, NAMES, QUESTION, Published, endpoint, until
 
 pytestmark = pytest.mark.slow
 
 BASE_NAME = MODEL.name
-TIE_NATS = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def ask(client: openai.OpenAI, model: str, **more: Any) -> Any:
     )
 
 
-def assert_answers_as(reply: Any, expected: list[int]) -> None:
-    """The same tokens as PEFT, or another one where the two were within a tie of bf16."""
+def assert_answers_as(reply: Any, expected: list[int]) -> bool:
+    """The same tokens as PEFT, or another one where the two were within a tie of bf16; True without such a tie."""
     tokens = reply.choices[0].logprobs.content
     for wanted, token in zip(expected, tokens, strict=False):
         given = int(token.token.removeprefix("token_id:"))
@@ -84,7 +84,8 @@ def assert_answers_as(reply: Any, expected: list[int]) -> None:
             continue
         others = {int(top.token.removeprefix("token_id:")): top.logprob for top in token.top_logprobs}
         assert token.logprob - others.get(wanted, float("-inf")) < TIE_NATS, (given, wanted, others)
-        return
+        return False
+    return True
 
 
 def ask_with_tokens(client: openai.OpenAI, model: str) -> Any:
@@ -131,8 +132,8 @@ def test_mixed_traffic_over_few_slots_is_answered_by_the_right_adapter(
     asked = [NAMES[number * 5 % len(NAMES)] if number % 7 else "" for number in range(60)]
     with ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda name: ask_with_tokens(client, name or BASE_NAME), asked))
-    for name, reply in zip(asked, replies, strict=True):
-        assert_answers_as(reply, published.expected[name])
+    exact = [assert_answers_as(r, published.expected[name]) for name, r in zip(asked, replies, strict=True)]
+    assert sum(exact) > len(exact) / 2
     ready = [name for name, state in states(url).items() if state["state"] == "ready"]
     assert 1 <= len(ready) <= 4, "more adapters on the disk than allowed"
 
