@@ -49,34 +49,34 @@ def build_app(config: Config) -> serve.Application:
 def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
     settings, cluster = config.serve, config.cluster
     on_gpu = cluster.engine_gpus > 0
-    # Validated by pydantic, whose dicts-as-models pyright does not see.
-    arguments: dict[str, Any] = dict(
-        model_loading_config={"model_id": model_name(config), "model_source": base.path},
-        accelerator_config={"kind": "gpu" if on_gpu else "cpu"},
-        lora_config={"max_num_adapters_per_replica": settings.adapters_on_disk},
-        engine_kwargs=engine_arguments(config.model, cluster)
-        | {
-            "enable_lora": True,
-            "max_loras": settings.adapter_slots,
-            "max_cpu_loras": settings.adapters_in_memory,
-            "max_lora_rank": vllm_rank(settings.max_rank),
-        }
-        | config.model.engine,
-        deployment_config={
-            "autoscaling_config": {
-                "min_replicas": settings.min_replicas,
-                "max_replicas": settings.max_replicas,
-                "target_ongoing_requests": settings.target_requests,
+    return LLMConfig.model_validate(
+        {
+            "model_loading_config": {"model_id": model_name(config), "model_source": base.path},
+            "accelerator_config": {"kind": "gpu" if on_gpu else "cpu"},
+            "lora_config": {"max_num_adapters_per_replica": settings.adapters_on_disk},
+            "engine_kwargs": engine_arguments(config.model, cluster)
+            | {
+                "enable_lora": True,
+                "max_loras": settings.adapter_slots,
+                "max_cpu_loras": settings.adapters_in_memory,
+                "max_lora_rank": vllm_rank(settings.max_rank),
+            }
+            | config.model.engine,
+            "deployment_config": {
+                "autoscaling_config": {
+                    "min_replicas": settings.min_replicas,
+                    "max_replicas": settings.max_replicas,
+                    "target_ongoing_requests": settings.target_requests,
+                },
+                "max_ongoing_requests": settings.max_requests,
+                "max_queued_requests": settings.max_queued,
+                # Ray LLM asks for one more core on a machine without a GPU: the engine's own process.
+                "ray_actor_options": {"num_cpus": cluster.engine_cpus - (not on_gpu)},
+                "graceful_shutdown_timeout_s": settings.request_timeout_s,
             },
-            "max_ongoing_requests": settings.max_requests,
-            "max_queued_requests": settings.max_queued,
-            # Ray LLM asks for one more core on a machine without a GPU: the engine's own process.
-            "ray_actor_options": {"num_cpus": cluster.engine_cpus - (not on_gpu)},
-            "graceful_shutdown_timeout_s": settings.request_timeout_s,
-        },
-        runtime_env=None if on_gpu else {"env_vars": {"OMP_NUM_THREADS": str(cluster.engine_cpus)}},
+            "runtime_env": None if on_gpu else {"env_vars": {"OMP_NUM_THREADS": str(cluster.engine_cpus)}},
+        }
     )
-    return LLMConfig(**arguments)
 
 
 def model_name(config: Config) -> str:
