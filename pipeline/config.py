@@ -275,8 +275,8 @@ class Serve(Section):
     """How long the registry's names, aliases and keys are remembered: a moved alias takes effect this soon."""
     retrieval_passages: int = Field(default=3, ge=1, le=20)
     """Passages in the prompt of a request with `"retrieval": true`."""
-    auto_min_score: float = Field(default=1.0, ge=0)
-    """BM25 score per word of the question from which `model: "auto"` trusts a corpus; below it the base answers."""
+    auto_min_score: float = Field(default=0.2, ge=0, le=1)
+    """Share of the question's weight that a passage must hold for `model: "auto"` to choose its corpus."""
 
     @model_validator(mode="after")
     def _check(self) -> "Serve":

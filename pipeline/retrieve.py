@@ -4,6 +4,7 @@ In: passages as text. Out: a folder of numpy and JSON files beside `passages.par
 bm25s does the scoring; English stop words and stems, which harm no other language that puts spaces between its words.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,10 @@ PASSAGES = "passages.parquet"
 
 
 class Hit(NamedTuple):
-    """A passage's row, and its BM25 score divided by the question's words that count: comparable between questions."""
+    """A passage's row, and its BM25 score as a share of the idf of all the question's words, known or not: 0 to 1.
+
+    So scores compare between questions, and between a corpus of two passages and one of a million.
+    """
 
     passage: dict[str, Any]
     score: float
@@ -57,7 +61,14 @@ class PassageIndex:
         found, scores = self._bm25.retrieve([words], k=min(k, len(self._passages)), show_progress=False)
         hits = [(int(row), float(score)) for row, score in zip(found[0], scores[0], strict=True) if score > 0]
         rows = self._passages.take(pa.array([row for row, _ in hits], pa.int64())).to_pylist()
-        return [Hit(row, score / len(words)) for row, (_, score) in zip(rows, hits, strict=True)]
+        most = sum(self._idf(word) for word in words)
+        return [Hit(row, score / most) for row, (_, score) in zip(rows, hits, strict=True)]
+
+    def _idf(self, word: str) -> float:
+        """Return the word's inverse document frequency as BM25 counts it (Lucene's form)."""
+        token, starts = self._bm25.vocab_dict.get(word), self._bm25.scores["indptr"]
+        passages = 0 if token is None else int(starts[token + 1] - starts[token])
+        return math.log(1 + (len(self._passages) - passages + 0.5) / (passages + 0.5))
 
 
 def corpus_passages(documents: Stage, passages: Stage) -> pa.Table:
