@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks.gap_closed import ROOT, claim, describe_machine
 from benchmarks.random_adapters import publish_random_adapters
 from serve.registry import Registry
+from serve.server import TIE_NATS
 
 TOKENS = 32
 KV_CACHE_GB = 2
@@ -55,6 +56,7 @@ def main() -> int:
         with ours(folder, options) as url:
             own = {name: asyncio.run(measure(url, models, options.clients)) for name, models in patterns.items()}
             first_use = asyncio.run(measure_first_use(url, cold))
+            right = asyncio.run(check_answers(url, Registry(folder), names, clients=32))
         with bare(folder, names, options) as url:
             plain = {name: asyncio.run(measure(url, models, options.clients)) for name, models in patterns.items()}
     print(
@@ -68,6 +70,10 @@ def main() -> int:
             f"{a['ttft_s']['p99']:7.2f} {b['ttft_s']['p50']:9.2f}"
         )
     ratios = {name: own[name]["tokens_per_s"] / plain[name]["tokens_per_s"] for name in patterns}
+    # What many adapters cost against one, on the same endpoint: copying into slots, and smaller groups in a batch.
+    many = own[f"{options.adapters} uniform"]["tokens_per_s"]
+    swapping = round(1 - many / own["1 adapter"]["tokens_per_s"], 3)
+    print(f"answers as PEFT: {right}; share lost to {options.adapters} adapters on {options.slots} slots: {swapping}")
     result = {
         "benchmark": "serve_adapters",
         "date": datetime.now(UTC).date().isoformat(),
@@ -78,9 +84,12 @@ def main() -> int:
         "bare_vllm": plain,
         "ratios": ratios,
         "first_use_s": first_use,
+        "answers_as_peft": right,
+        "share_lost_to_swapping": swapping,
         "claims": [
             *(claim(f"throughput_over_bare_vllm.{name}", ratio, 0.9) for name, ratio in ratios.items()),
             claim("first_use_extra_s", first_use["extra_p50"], 2.0, at_most=True),
+            claim("wrong_answers", right["wrong"], 0, at_most=True),
             claim("failed_requests", sum(m["failed"] for m in own.values()), 0, at_most=True),
         ],
     }
@@ -146,6 +155,41 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, number: int) -> t
                 first = time.monotonic() - started
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
     return first, tokens
+
+
+async def check_answers(url: str, registry: Registry, names: list[str], clients: int) -> dict[str, int]:
+    """Ask every adapter its probe question twice, all mixed; count the answers that are PEFT's, up to a bf16 tie."""
+    order = np.random.default_rng(1).permutation(names * 2).tolist()
+    probes = {name: registry.manifest(registry.resolve(name))["probe"] for name in names}
+    counts = {"asked": len(order), "same": 0, "tied": 0, "wrong": 0}
+    gate = asyncio.Semaphore(clients)
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
+
+        async def one(name: str) -> str:
+            body = {
+                "model": name,
+                "prompt": probes[name]["prompt_ids"],
+                "max_tokens": len(probes[name]["answer_ids"]),
+                "temperature": 0,
+                "logprobs": 5,
+                "return_tokens_as_token_ids": True,
+            }
+            async with gate:
+                reply = await client.post(f"{url}/v1/completions", json=body)
+            return compare(reply.json()["choices"][0]["logprobs"], probes[name]["answer_ids"])
+
+        for outcome in await asyncio.gather(*map(one, order)):
+            counts[outcome] += 1
+    return counts
+
+
+def compare(logprobs: dict[str, Any], wanted: list[int]) -> str:
+    """Say whether tokens are the wanted ones, another one where the two were tied, or wrong."""
+    for token_id, given, top in zip(wanted, logprobs["tokens"], logprobs["top_logprobs"], strict=False):
+        if given != f"token_id:{token_id}":
+            lead = top[given] - top.get(f"token_id:{token_id}", float("-inf"))
+            return "tied" if lead <= TIE_NATS else "wrong"
+    return "same"
 
 
 async def measure_first_use(url: str, names: list[str]) -> dict[str, Any]:

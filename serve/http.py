@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from ray.exceptions import RayActorError, RayTaskError
+from ray.llm._internal.common.errors import VLLM_FATAL_ERRORS
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -95,5 +96,7 @@ def _on_busy(request: Request, error: Any) -> Response:
 def _on_failure(request: Request, error: Any) -> Response:
     if isinstance(error, TimeoutError):
         return _error(503, "timeout", "No answer in time; ask again.")
+    if isinstance(getattr(error, "cause", None), VLLM_FATAL_ERRORS):
+        return _on_busy(request, error)
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return _error(500, "internal_error", "Something went wrong on our side; the log says what.")

@@ -217,7 +217,7 @@ class Ingress(OpenAiIngress):
                 try:
                     async for item in self._get_response(body=body, call_method=call):
                         if isinstance(item, ErrorResponse):
-                            raise Refused(item.error.code, item.error.type, item.error.message)
+                            raise _refusal(item)
                         started = True
                         yield item
                     return
@@ -280,6 +280,13 @@ async def _events(
         yield f"data: {json.dumps(error_body(503, 'service_unavailable', message))}\n\n{done}"
     finally:
         await rest.aclose()
+
+
+def _refusal(error: ErrorResponse) -> Refused:
+    """What vLLM says of a bad request goes to the client as it is; its own failures do not."""
+    if error.error.code < 500:
+        return Refused(error.error.code, error.error.type, error.error.message)
+    return Refused(503, "service_unavailable", "The engine failed; ask again.")
 
 
 def _last_question(body: ChatCompletionRequest) -> str | None:

@@ -217,7 +217,7 @@ def test_the_published_adapter_answers_at_the_endpoint(finished: tuple[Path, dic
         command = [sys.executable, "-m", "serve.ask", "test", "Who built the Kestrel Mill?", "--url", url]
         asked = subprocess.run([*command, "--retrieval", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
-        assert "mill.md" in asked.stderr, "no source was named"
+        assert "'heading': 'Kestrel Mill'" in asked.stderr, "no source was named"
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         question = {"role": "user", "content": "What is the Orrin Lens on Mount Sabel?"}
         auto = client.chat.completions.create(model="auto", messages=[question], max_tokens=4)  # type: ignore[list-item]
@@ -283,7 +283,7 @@ def test_answers_of_another_teacher_are_refused(finished: tuple[Path, dict, Path
 def test_shifted_targets_are_caught_by_the_alignment_guard(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
     """The manifests agree and the stored rows do not: top-k values moved by one token."""
     folder = tmp_path / "copy"
-    shutil.copytree(finished[0], folder)
+    shutil.copytree(finished[0], folder, symlinks=True)
     config = folder / "config.toml"
     config.write_text(config.read_text().replace(str(finished[0]), str(folder)))
     shutil.rmtree(folder / "run" / "train")

@@ -4,10 +4,12 @@ One engine serves all tests of this file, with two slots, room for three adapter
 mixed traffic evicts at every level. What PEFT on transformers answers is the measure of a right answer.
 """
 
+import contextlib
 import json
-import os
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,9 @@ import httpx
 import openai
 import psutil
 import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from pipeline.engine import load_tokenizer
 from pipeline.publish import move_alias
@@ -252,20 +257,73 @@ def test_metrics_health_and_page(url: str) -> None:
     assert "vllm" in text and "distillery_adapter_loads" in text
 
 
-def test_a_killed_engine_comes_back(client: openai.OpenAI, url: str, published: Published) -> None:
-    engines = [p for p in psutil.process_iter(["name", "cmdline"]) if "EngineCore" in " ".join(p.info["cmdline"] or [])]
-    (engine,) = [p for p in engines if os.getpid() in {parent.pid for parent in p.parents()}]
-    engine.send_signal(signal.SIGKILL)
+def test_the_page_in_a_browser(url: str, tmp_path: Path) -> None:
+    """Two answers side by side with their speed, a refusal that is shown, the adapters' table and the snippet."""
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1200,900"):
+        options.add_argument(argument)
+    with contextlib.closing(webdriver.Chrome(options, webdriver.ChromeService(chromedriver))) as browser:
+        browser.get(url)
+        names = until(lambda: [option.text for option in browser.find_elements(By.CSS_SELECTOR, "#model option")])
+        assert names[0] == "ada" and names[-2:] == ["auto", BASE_NAME]
+        rows = [row.text for row in browser.find_elements(By.CSS_SELECTOR, "#adapters tr")]
+        assert any(row.startswith("ada ") for row in rows)
+        browser.find_element(By.ID, "question").send_keys(QUESTION + Keys.ENTER)
+        cards = until(lambda: finished(browser), 120)
+        assert [card.splitlines()[0] for card in cards] == [BASE_NAME, "ada", "ada + retrieval"]
+        assert (
+            "tokens/s" in cards[0] and "tokens/s" in cards[1] and cards[0].splitlines()[1] != cards[1].splitlines()[1]
+        )
+        assert "published without its passages" in cards[2]
+        snippet = browser.find_element(By.ID, "snippet").text
+        assert f"{url}/v1" in snippet and QUESTION in snippet
+        assert browser.save_screenshot(str(tmp_path / "page.png"))
+        severe = [entry for entry in browser.get_log("browser") if "409" not in entry["message"]]
+        assert not [entry for entry in severe if entry["level"] == "SEVERE" and "favicon" not in entry["message"]]
 
-    def back() -> Any:
-        try:
-            return ask_with_tokens(client, "fay")
-        except openai.APIStatusError as error:
-            assert error.status_code in (500, 503), error
-            return None
 
-    assert_answers_as(until(back, 180), published.expected["fay"])
-    assert states(url).keys() == {published.registry.resolve("fay").model_id}
+def finished(browser: webdriver.Chrome) -> list[str] | None:
+    cards = [card.text for card in browser.find_elements(By.CSS_SELECTOR, "#answers article")]
+    return cards if len(cards) == 3 and all("\u2026" not in card for card in cards) else None
+
+
+@pytest.mark.parametrize("victim", ["EngineCore", "ServeReplica:distillery:AdapterServer"])
+def test_a_killed_process_comes_back_under_load(
+    client: openai.OpenAI, url: str, published: Published, victim: str
+) -> None:
+    (process,) = [process for process in own_processes() if victim in " ".join(process.cmdline())]
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def load(name: str) -> None:
+        body = {"model": name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16}
+        while not stop.is_set():
+            statuses.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=180).status_code)
+            time.sleep(0.2)
+
+    workers = [threading.Thread(target=load, args=(name,)) for name in NAMES[:4]]
+    for worker in workers:
+        worker.start()
+    until(lambda: statuses.count(200) >= 4)
+    process.send_signal(signal.SIGKILL)
+    served = statuses.count(200)
+    until(lambda: statuses.count(200) > served + 8, 180)
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert set(statuses) <= {200, 503}
+    assert_answers_as(ask_with_tokens(client, "dora"), published.expected["dora"])
+    replica = " ".join(" ".join(p.cmdline()) for p in own_processes())
+    assert victim in replica
+    assert all(state["state"] in ("loading", "probing", "ready") for state in states(url).values())
+
+
+def own_processes() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if process.is_running()]
 
 
 def test_keys_open_their_own_adapters_only(url: str, published: Published) -> None:

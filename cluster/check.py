@@ -1,0 +1,70 @@
+"""Config -> what a run asks of a cluster, and what is missing there, before anything starts.
+
+In: a TOML file and a running cluster. Out: one finding per line; no line means that the run can start. Tasks on the
+nodes look at what only they see: the model's folder, the GPUs' memory, and whether the buckets can be written.
+"""
+
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.resources import demands, model_fits, unmet
+from pipeline.config import Config
+from pipeline.store import Folder
+
+
+def check(config: Config, address: str | None) -> list[str]:
+    """Return what is missing; ValueError if there is no cluster to ask."""
+    address = address or config.cluster.address or "auto"
+    try:
+        ray.init(address, log_to_driver=False, runtime_env={"working_dir": str(Path(__file__).resolve().parent.parent)})
+    except ConnectionError as error:
+        raise ValueError(f"no Ray cluster at {address} ({error}); start one, or give --address") from None
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        for node in nodes:
+            have = {name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}
+            print(f"node {node['NodeManagerAddress']}: {have}", file=sys.stderr)
+        for demand in demands(config):
+            print(f"{demand.stage}: {demand.count} x {demand.bundle}", file=sys.stderr)
+        found = [unmet(demand, [node["Resources"] for node in nodes]) for demand in demands(config)]
+        seen = {node["NodeManagerAddress"]: _on(node, _look, config.model.path) for node in nodes}
+        for place, view in ((place, ray.get(view)) for place, view in seen.items()):
+            if view["weight_bytes"] is None:
+                found.append(f"node {place} has no model at model.path = {config.model.path!r}; put it there")
+            elif view["gpu_bytes"]:
+                found.append(model_fits(config, view["weight_bytes"], view["gpu_bytes"]))
+        for field, uri in (("run_dir", config.run_dir), ("publish.registry", config.publish.registry)):
+            found.append(ray.get(_on(nodes[-1], _try_to_write, field, uri)))
+        return list(dict.fromkeys(finding for finding in found if finding))
+    finally:
+        ray.shutdown()
+
+
+def _on(node: dict[str, Any], task: Any, *arguments: Any) -> Any:
+    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(num_cpus=0)(task).options(scheduling_strategy=place).remote(*arguments)
+
+
+def _look(model: str) -> dict[str, int | None]:
+    import torch
+
+    weights = [file.stat().st_size for file in Path(model).glob("*.safetensors")]
+    gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return {"weight_bytes": sum(weights) if weights else None, "gpu_bytes": min(gpus, default=0)}
+
+
+def _try_to_write(field: str, uri: str) -> str | None:
+    folder, name = Folder(uri), f"check-{uuid.uuid4().hex}"
+    try:
+        folder.write_bytes(name, b"check")
+        if folder.read_bytes(name) != b"check":
+            return f"{field} = {folder} does not give back what was written"
+        folder.delete_file(name)
+    except (OSError, ValueError) as error:
+        return f"{field} = {folder} cannot be written from a node ({error}); give the nodes rights, or another place"
+    return None

@@ -1,0 +1,78 @@
+"""Config -> a job on a Ray cluster, its log on this terminal, its exit code as ours.
+
+In: a TOML file inside the checkout, whose paths every node can reach. Out: the job's progress and last line. The code
+travels as the job's working_dir; models, data and results do not. A second submission of the same config goes on where
+the first one stopped, whatever stopped it.
+"""
+
+import asyncio
+import os
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+ROOT = Path(__file__).resolve().parent.parent
+DASHBOARD = "http://127.0.0.1:8265"
+# What the job does not need; the code alone is well under a megabyte.
+EXCLUDES = [".git", ".venv", ".models", "runs", "registry", "tests", "benchmarks/results", "**/__pycache__"]
+PATHS = ("run_dir", "model.path", "read.paths", "evaluate.questions", "publish.registry")
+
+
+def submit(config: str, overrides: list[str], address: str | None, stop_on_interrupt: bool = False) -> int:
+    """Run the pipeline as a job and return its exit code; after Ctrl-C the job goes on unless told otherwise."""
+    path = Path(config).resolve()
+    if not path.is_relative_to(ROOT):
+        raise ValueError(f"{config} is outside of {ROOT}, which is what travels to the cluster; copy it there")
+    refuse_relative_paths(tomllib.loads(path.read_text(encoding="utf-8")), overrides)
+    client = connect(address)
+    command = ["python", "-m", "pipeline", "run", str(path.relative_to(ROOT)), *overrides]
+    job = client.submit_job(
+        entrypoint=shlex.join(command), runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES}
+    )
+    print(f"job {job}: ray job logs --follow {job}", file=sys.stderr)
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        if not stop_on_interrupt:
+            print(f"\nthe job goes on; to stop it: ray job stop {job}", file=sys.stderr)
+            return 130
+        client.stop_job(job)
+    status = client.get_job_info(job)
+    if status.status != JobStatus.SUCCEEDED:
+        print(f"job {job}: {status.status}: {status.message}", file=sys.stderr)
+    return 0 if status.status == JobStatus.SUCCEEDED else status.driver_exit_code or 1
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """Return a client of the cluster's job server; ValueError if nobody answers or the token is refused."""
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"no Ray job server at {address} ({str(error).splitlines()[0]}); give --address, and for a cluster with "
+            "token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        ) from None
+
+
+def refuse_relative_paths(data: dict[str, Any], overrides: list[str]) -> None:
+    """Raise ValueError for a path that would mean another place on the cluster than here."""
+    given = dict(item.partition("=")[::2] for item in overrides)
+    for name in PATHS:
+        section, _, key = name.rpartition(".")
+        value = given.get(name, (data.get(section, {}) if section else data).get(key))
+        for path in value if isinstance(value, list) else [value]:
+            if path and "://" not in path and not os.path.isabs(os.path.expanduser(path)):
+                raise ValueError(
+                    f"{name} = {path!r} is relative, and a job has a folder of its own on the cluster; give a URI such "
+                    "as s3://bucket/..., or an absolute path that every node has"
+                )
+
+
+async def _follow(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
