@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 from benchmarks.gap_closed import ROOT, claim, describe_machine
 from benchmarks.random_adapters import publish_random_adapters
@@ -54,9 +55,15 @@ def main() -> int:
         publish_random_adapters(folder, options.model, [*names, *cold], rank=RANK)
         patterns = traffic(Path(options.model).name, names, options.requests)
         with ours(folder, options) as url:
-            own = {name: asyncio.run(measure(url, models, options.clients)) for name, models in patterns.items()}
+            own = {"base": asyncio.run(measure(url, patterns["base"], options.clients))}
+            memory = {"after_base_traffic": memory_mb()}
+            own |= {n: asyncio.run(measure(url, m, options.clients)) for n, m in patterns.items() if n != "base"}
             first_use = asyncio.run(measure_first_use(url, cold))
             right = asyncio.run(check_answers(url, Registry(folder), names, clients=32))
+            moved = asyncio.run(measure_alias_move(url, Registry(folder), options.model, names[0]))
+            memory["after_all_adapters"] = memory_mb()
+            own["base again"] = asyncio.run(measure(url, patterns["base"], options.clients))
+            memory["at_the_end"] = memory_mb()
         with bare(folder, names, options) as url:
             plain = {name: asyncio.run(measure(url, models, options.clients)) for name, models in patterns.items()}
     print(
@@ -85,10 +92,14 @@ def main() -> int:
         "ratios": ratios,
         "first_use_s": first_use,
         "answers_as_peft": right,
+        "alias_move": moved,
+        "memory_mb": memory,
         "share_lost_to_swapping": swapping,
         "claims": [
             *(claim(f"throughput_over_bare_vllm.{name}", ratio, 0.9) for name, ratio in ratios.items()),
             claim("first_use_extra_s", first_use["extra_p50"], 2.0, at_most=True),
+            claim("alias_move_s", moved["seconds"], 10, at_most=True),
+            claim("failed_during_alias_move", moved["failed"], 0, at_most=True),
             claim("wrong_answers", right["wrong"], 0, at_most=True),
             claim("failed_requests", sum(m["failed"] for m in own.values()), 0, at_most=True),
         ],
@@ -181,6 +192,33 @@ async def check_answers(url: str, registry: Registry, names: list[str], clients:
         for outcome in await asyncio.gather(*map(one, order)):
             counts[outcome] += 1
     return counts
+
+
+async def measure_alias_move(url: str, registry: Registry, model_path: str, name: str) -> dict[str, Any]:
+    """Publish a new version of an adapter under load; return the time from then on until it alone answers."""
+    old = registry.resolve(name)
+    seen: list[tuple[float, int, str]] = []  # when, status, model
+    async with httpx.AsyncClient(timeout=600) as client:
+
+        async def keep_asking() -> None:
+            body = {"model": name, "prompt": "The mill", "max_tokens": 4}
+            while not moved_at or not all(m != old.model_id for _, _, m in seen[-8:]):
+                reply = await client.post(f"{url}/v1/completions", json=body)
+                seen.append((time.monotonic(), reply.status_code, reply.json().get("model", "")))
+
+        moved_at = 0.0
+        asking = [asyncio.create_task(keep_asking()) for _ in range(4)]
+        await asyncio.to_thread(publish_random_adapters, registry.folder.uri, model_path, [name], RANK, seed=1)
+        moved_at = time.monotonic()
+        await asyncio.gather(*asking)
+    last_old = max(when for when, _, model in seen if model == old.model_id)
+    failed = sum(status != 200 for _, status, _ in seen)
+    return {"seconds": round(max(0.0, last_old - moved_at), 3), "requests": len(seen), "failed": failed}
+
+
+def memory_mb() -> int:
+    """Return the resident memory of this process's children and theirs: the endpoint with its engine and Ray."""
+    return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True)) >> 20
 
 
 def compare(logprobs: dict[str, Any], wanted: list[int]) -> str:

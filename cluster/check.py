@@ -33,7 +33,8 @@ def check(config: Config, address: str | None) -> list[str]:
             print(f"{demand.stage}: {demand.count} x {demand.bundle}", file=sys.stderr)
         found = [unmet(demand, [node["Resources"] for node in nodes]) for demand in demands(config)]
         seen = {node["NodeManagerAddress"]: _on(node, _look, config.model.path) for node in nodes}
-        for place, view in ((place, ray.get(view)) for place, view in seen.items()):
+        for place, looking in seen.items():
+            view: Any = ray.get(looking)
             if view["weight_bytes"] is None:
                 found.append(f"node {place} has no model at model.path = {config.model.path!r}; put it there")
             elif view["gpu_bytes"]:

@@ -61,7 +61,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 def refuse_relative_paths(data: dict[str, Any], overrides: list[str]) -> None:
     """Raise ValueError for a path that would mean another place on the cluster than here."""
-    given = dict(item.partition("=")[::2] for item in overrides)
+    given = {key: value for key, _, value in (item.partition("=") for item in overrides)}
     for name in PATHS:
         section, _, key = name.rpartition(".")
         value = given.get(name, (data.get(section, {}) if section else data).get(key))

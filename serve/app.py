@@ -70,6 +70,7 @@ def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
                 },
                 "max_ongoing_requests": settings.max_requests,
                 "max_queued_requests": settings.max_queued,
+                "health_check_period_s": 5,
                 # Ray LLM asks for one more core on a machine without a GPU: the engine's own process.
                 "ray_actor_options": {"num_cpus": cluster.engine_cpus - (not on_gpu)},
                 "graceful_shutdown_timeout_s": settings.request_timeout_s,

@@ -1,6 +1,8 @@
 """The recipes are well formed, agree with the locks, and pass KubeRay's schema where it is at hand."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,24 @@ def closed(schema: Any) -> Any:
     if schema.get("x-kubernetes-int-or-string"):
         schema.pop("type", None)
     return schema
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_an_autoscaler_file_passes_rays_own_validation(name: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "cluster" / f"{name}.yaml").read_text())
+    validate_config(prepare_config(config))
+    types = config["available_node_types"]
+    assert types["head"]["resources"]["CPU"] == 0 and types["gpu"]["min_workers"] == 0
+    assert "RAY_AUTH_MODE=token" in " ".join(config["docker"]["run_options"])
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config(config | {"max_worker": 3}))
+
+
+def test_the_slurm_script_is_valid() -> None:
+    script = ROOT / "cluster" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    if checker := shutil.which("shellcheck"):
+        done = subprocess.run([checker, script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
