@@ -265,8 +265,8 @@ class Serve(Section):
     """Requests that a replica works on at a time."""
     max_queued: int = Field(default=256, ge=1)
     """Requests that may wait for a replica; above it clients get 503 with Retry-After."""
-    max_requests_per_key: int = Field(default=192, ge=1)
-    """Requests that one API key may have in work or waiting; above it 429 with Retry-After."""
+    max_requests_per_key: int = Field(default=64, ge=1)
+    """Requests that one API key may have in work or waiting, so that others' wait is bounded; above it 429."""
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body, in KiB; above it 413."""
     request_timeout_s: float = Field(default=120, gt=0)

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ray_session(config.cluster):
         serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="EveryNode")
         serve.run(build_app(config), name="distillery")
-        names = Registry(config.publish.registry).names()
+        names = [version.name for version in Registry(config.publish.registry).live()]
         print(f"serving {model_name(config)} and {len(names)} adapters on http://{settings.host}:{settings.port}")
         print(f'ask one: python -m serve.ask {names[0] if names else model_name(config)} "QUESTION"', flush=True)
         try:

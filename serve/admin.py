@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _command(registry: Registry, options: argparse.Namespace) -> Any:
     if options.command == "list":
-        return {name: _describe(registry, name) for name in registry.names()}
+        return {version.name: _describe(registry, version.name) for version in registry.live()}
     if options.command == "keys":
         keys = read_keys(registry.folder) or []
         return [{field: key[field] for field in ("id", "adapters", "created")} for key in keys]

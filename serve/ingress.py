@@ -34,7 +34,7 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
 from pipeline.config import Serve
 from pipeline.prompts import retrieval_question
-from serve.access import Caller, identify, read_keys
+from serve.access import ANYONE, Caller, identify, read_keys
 from serve.http import error_body, make_http_app
 from serve.registry import Refused, Registry, Version
 from serve.retrieval import Corpora
@@ -168,7 +168,7 @@ class Ingress(OpenAiIngress):
         ]
 
     async def _live(self) -> list[Version]:
-        return await self._remember("live", lambda: [self._registry.resolve(name) for name in self._registry.names()])
+        return await self._remember("live", self._registry.live)
 
     def _card(self, version: Version) -> dict[str, Any] | None:
         try:
@@ -206,10 +206,9 @@ class Ingress(OpenAiIngress):
 
     async def _answer(self, body: Any, call: str, caller: Caller) -> AsyncGenerator[Any, None]:
         """Yield what the replica yields; a caller's share of the endpoint is counted while it does."""
-        if self._active[caller.id] >= self._settings.max_requests_per_key:
-            raise Refused(
-                429, "rate_limit_exceeded", f"More than {self._settings.max_requests_per_key} requests at once."
-            )
+        most = self._settings.max_requests_per_key
+        if caller != ANYONE and self._active[caller.id] >= most:
+            raise Refused(429, "rate_limit_exceeded", f"This key has {most} requests in work; wait for one of them.")
         self._active[caller.id] += 1
         try:
             for attempt in range(1, ATTEMPTS + 1):

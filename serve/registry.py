@@ -54,12 +54,12 @@ class Registry:
     def __init__(self, uri: str) -> None:
         self.folder = Folder(uri)
 
-    def names(self) -> list[str]:
-        """Return the adapters that have a live version, sorted."""
+    def live(self) -> list[Version]:
+        """Return the live version of every name that has one, sorted by name."""
         found = [name for name in self.folder.folders() if _NAME.fullmatch(name)]
         with ThreadPoolExecutor(16) as pool:
             aliases = list(pool.map(self.alias, found))
-        return [name for name, alias in zip(found, aliases, strict=True) if _is_live(alias)]
+        return [Version(name, alias["version"]) for name, alias in zip(found, aliases, strict=True) if _is_live(alias)]
 
     def alias(self, name: str) -> dict[str, Any]:
         """Return {version, before, retired, pinned} of a name; version is None for an unknown one."""

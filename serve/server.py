@@ -206,8 +206,8 @@ class AdapterServer(LLMServer):
             await asyncio.sleep(PINNED_S)
 
     def _pinned_models(self) -> list[str]:
-        pinned = [name for name in self._registry.names() if self._registry.alias(name)["pinned"]]
-        return [self._registry.resolve(name).model_id for name in pinned[: self._settings.adapter_slots - 1]]
+        pinned = [version.model_id for version in self._registry.live() if self._registry.alias(version.name)["pinned"]]
+        return pinned[: self._settings.adapter_slots - 1]
 
     async def _multiplexed(self, model_id: str) -> None:
         """Load an adapter as a request for it would."""
