@@ -2,7 +2,8 @@
 
     python -m benchmarks.teachers CONFIG [section.key=value ...] --name NAME [--teachers stored online sft]
 
-Writes the answers once, trains one adapter per teacher on the same rows in the same order, and evaluates each. What
+Writes the answers once, trains one adapter per teacher on the same rows in the same order, and evaluates each; the
+config's own teacher in its own run directory, the others in copies beside it. What
 limits the comparison: the tail mass that k values leave out, and the width of the intervals on so many questions.
 The loss of `stored` is a lower bound of that of `online` for the same adapter; `sft` has another loss, so only its
 scores compare.
@@ -38,11 +39,12 @@ def main() -> int:
     written = Path(config.run_dir)
     runs, curves = {}, {}
     for teacher in options.teachers:
-        run_dir = written.with_name(f"{written.name}-{teacher}")
-        for stage in WRITTEN:
-            shutil.copytree(written / stage, run_dir / stage, dirs_exist_ok=True)
-        own = [*options.overrides, f"run_dir={run_dir}", f"train.teacher={teacher}"]
-        own.append(f"publish.registry={run_dir}/registry")
+        run_dir, own = written, list(options.overrides)
+        if teacher != config.train.teacher:
+            run_dir = written.with_name(f"{written.name}-{teacher}")
+            for stage in WRITTEN:
+                shutil.copytree(written / stage, run_dir / stage, dirs_exist_ok=True)
+            own += [f"run_dir={run_dir}", f"train.teacher={teacher}", f"publish.registry={run_dir}/registry"]
         runs[teacher] = pipeline("run", options.config, *own)
         history = json.loads((run_dir / "train" / "history.json").read_text())
         curves[teacher] = [round(step["loss"], 4) for step in history]

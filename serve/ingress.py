@@ -29,6 +29,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ModelCard,
 )
 from ray.llm._internal.serve.utils.broadcast import broadcast
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
@@ -222,6 +223,8 @@ class Ingress(OpenAiIngress):
                     return
                 except RayTaskError as error:
                     raise error.cause if isinstance(error.cause, Refused) else error from None
+                except BackPressureError:
+                    raise Refused(503, "service_unavailable", "The queue is full; ask again.") from None
                 except RayActorError:
                     if started or attempt == ATTEMPTS:
                         raise

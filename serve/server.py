@@ -24,7 +24,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from ray import serve
+from ray.llm._internal.serve.core.configs.accelerators import CPUConfig
 from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest, ErrorResponse
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.util.metrics import Counter as MetricCounter
@@ -66,7 +68,12 @@ class AdapterServer(LLMServer):
         self._load_seconds = Histogram(
             "distillery_adapter_load_s", "From the first request to ready.", [0.1, 0.3, 1, 3, 10, 30]
         )
-        await super().__init__(llm_config, model_downloader=partial(_Loader, self))  # type: ignore[arg-type]
+        on_gpu = not isinstance(llm_config.accelerator_config, CPUConfig)
+        await super().__init__(
+            llm_config,
+            engine_cls=None if on_gpu else CpuEngine,
+            model_downloader=partial(_Loader, self),  # type: ignore[arg-type]
+        )
         for name in settings.preload:
             with contextlib.suppress(Refused):  # its state says why
                 await self._multiplexed(self._registry.resolve(name).model_id)
@@ -224,6 +231,15 @@ class AdapterServer(LLMServer):
 
     def _enter(self, model_id: str, state: Any, reason: str = "") -> None:
         self._states[model_id] = AdapterState(state, time.time(), reason)
+
+
+class CpuEngine(VLLMEngine):
+    """Ray LLM gives a CPU's one worker a process of its own: ten seconds more to start, and a copy at every token."""
+
+    def _prepare_engine_config(self, callback_ctx: Any) -> Any:
+        prepared = super()._prepare_engine_config(callback_ctx)
+        prepared[-1].parallel_config.distributed_executor_backend = "uni"
+        return prepared
 
 
 class _Loader:

@@ -26,12 +26,21 @@ from selenium.webdriver.common.keys import Keys
 from pipeline.engine import load_tokenizer
 from pipeline.publish import move_alias
 from serve.access import add_key
+from serve.registry import Registry
 from serve.server import TIE_NATS
 from tests.serve.conftest import ANSWER_TOKENS, MODEL, NAMES, QUESTION, Published, endpoint, until
 
 pytestmark = pytest.mark.slow
 
 BASE_NAME = MODEL.name
+
+
+@pytest.fixture(scope="module")
+def published(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """A registry of this file's own, which its tests change."""
+    folder = tmp_path_factory.mktemp("own") / "registry"
+    shutil.copytree(published.registry.folder.uri, folder)
+    return published._replace(registry=Registry(str(folder)))
 
 
 @pytest.fixture(scope="module")
