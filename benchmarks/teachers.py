@@ -3,10 +3,9 @@
     python -m benchmarks.teachers CONFIG [section.key=value ...] --name NAME [--teachers stored online sft]
 
 Writes the answers once, trains one adapter per teacher on the same rows in the same order, and evaluates each; the
-config's own teacher in its own run directory, the others in copies beside it. What
-limits the comparison: the tail mass that k values leave out, and the width of the intervals on so many questions.
-The loss of `stored` is a lower bound of that of `online` for the same adapter; `sft` has another loss, so only its
-scores compare.
+config's own teacher in its own run directory, the others in copies beside it. What limits the comparison: the tail mass
+that k values leave out, and the width of the intervals on so many questions. The loss of `stored` is a lower bound of
+that of `online` for the same adapter; `sft` has another loss, so only its scores compare.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--name", required=True, help="name of the result file")
-    parser.add_argument("--teachers", nargs="+", default=["stored", "online", "sft"])
+    parser.add_argument("--teachers", nargs="+", default=["stored", "online"])
     options = parser.parse_args()
     for stage in ("read", "chunk", "question", "answer", "filter"):
         pipeline(stage, options.config, *options.overrides)

@@ -91,9 +91,8 @@ class AdapterServer(LLMServer):
         return {"replica": replica, "adapters": {name: asdict(state) for name, state in self._states.items()}}
 
     def _using(self, model: str, stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-        self._in_use[model] += (
-            1  # here and not below: a generator's body starts later, and an eviction could come first
-        )
+        # Here and not below: a generator's body starts later, and an eviction could come first.
+        self._in_use[model] += 1
 
         async def counted() -> AsyncGenerator[Any, None]:
             try:
@@ -112,7 +111,7 @@ class AdapterServer(LLMServer):
         state = self._states.get(model_id)
         if state and state.state == "failed" and time.time() - state.since < FAILED_S:
             raise Refused(409, "adapter_refused", state.reason)
-        if state and state.state == "ready":  # pinned: dropped by Serve, kept by the engine
+        if state and state.state == "ready":  # dropped by Serve, kept by us
             return self._loaded(model_id)
         started = time.monotonic()
         name, _, version = model_id.partition("@")
@@ -152,11 +151,14 @@ class AdapterServer(LLMServer):
         )
 
     async def _drop(self, model_id: str) -> None:
-        """Unload an adapter as soon as no request uses it; a pinned one stays."""
+        """Unload an adapter as soon as no request uses it; a pinned one stays, and one that does not get idle."""
         if self._states[model_id].pinned:
             return
-        async with self._idle:
-            await self._idle.wait_for(lambda: not self._in_use[model_id])
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_s), self._idle:
+                await self._idle.wait_for(lambda: not self._in_use[model_id])
+        except TimeoutError:
+            return
         await self._forget(model_id)
         self._enter(model_id, "registered")
 
