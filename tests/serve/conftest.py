@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,6 +56,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
         expected[name] = continue_greedily(model, prompt, ANSWER_TOKENS)[0]
     assert len({json.dumps(ids) for ids in expected.values()}) == len(expected), "adapters answer alike"
     return Published(registry, expected)
+
+
+@pytest.fixture
+def registry(published: Published, tmp_path: Path) -> Registry:
+    """Return a copy of the registry that a test may damage."""
+    shutil.copytree(published.registry.folder.uri, tmp_path / "registry")
+    return Registry(str(tmp_path / "registry"))
 
 
 @contextlib.contextmanager

@@ -13,16 +13,9 @@ from pipeline.publish import move_alias, write_version
 from pipeline.schema import Probe
 from pipeline.store import Folder
 from serve.registry import Refused, Registry, Version
-from tests.serve.conftest import MODEL, NAMES, Published
+from tests.serve.conftest import MODEL, NAMES
 
 BASE = load_base_model(str(MODEL))
-
-
-@pytest.fixture
-def registry(published: Published, tmp_path: Path) -> Registry:
-    """Return a copy of the registry that a test may damage."""
-    shutil.copytree(published.registry.folder.uri, tmp_path / "registry")
-    return Registry(str(tmp_path / "registry"))
 
 
 def folder_of(registry: Registry, version: Version) -> Path:
