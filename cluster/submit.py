@@ -25,8 +25,10 @@ PATHS = ("run_dir", "model.path", "read.paths", "evaluate.questions", "publish.r
 def submit(config: str, overrides: list[str], address: str | None, stop_on_interrupt: bool = False) -> int:
     """Run the pipeline as a job and return its exit code; after Ctrl-C the job goes on unless told otherwise."""
     path = Path(config).resolve()
-    if not path.is_relative_to(ROOT):
-        raise ValueError(f"{config} is outside of {ROOT}, which is what travels to the cluster; copy it there")
+    if not path.is_relative_to(ROOT) or path.relative_to(ROOT).parts[0] in EXCLUDES:
+        raise ValueError(
+            f"{config} does not travel to the cluster: only what is in {ROOT}, without {', '.join(EXCLUDES)}; move it"
+        )
     refuse_relative_paths(tomllib.loads(path.read_text(encoding="utf-8")), overrides)
     client = connect(address)
     command = ["python", "-m", "pipeline", "run", str(path.relative_to(ROOT)), *overrides]

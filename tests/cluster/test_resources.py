@@ -1,13 +1,15 @@
 """What a run asks of a cluster, and what is said where the cluster has not got it."""
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.resources import demands, model_fits, unmet
-from cluster.submit import refuse_relative_paths
+from cluster.submit import refuse_relative_paths, submit
 from pipeline.config import Config
+from tests.conftest import ROOT
 
 GIB = 1 << 30
 
@@ -73,6 +75,13 @@ paths = ["s3://bucket/docs", "~/docs"]
 [publish]
 registry = "s3://bucket/registry"
 """
+
+
+@pytest.mark.parametrize("inside", [None, "runs"])
+def test_a_config_that_would_stay_behind_is_refused(tmp_path: Path, inside: str | None) -> None:
+    config = (ROOT / inside if inside else tmp_path) / "corpus.toml"
+    with pytest.raises(ValueError, match="does not travel to the cluster"):
+        submit(str(config), [], None)
 
 
 def test_paths_must_mean_the_same_on_every_node() -> None:
