@@ -133,16 +133,27 @@ class AdapterServer(LLMServer):
             if manifest["probe"] is not None:
                 await self._probe(model_id, manifest["probe"])
         except Exception as error:
+            refused = error if isinstance(error, Refused) else await self._blame(model_id)
+            if refused.status == 503:
+                self._enter(model_id, "registered")
+                raise refused from error
             await self._forget(model_id)
-            reason = str(error) if isinstance(error, Refused) else f"The adapter {model_id!r} could not be loaded."
-            self._enter(model_id, "failed", reason)
+            self._enter(model_id, "failed", refused.message)
             self._loads.inc(tags={"outcome": "failed"})
-            raise error if isinstance(error, Refused) else Refused(409, "adapter_refused", reason) from error
+            raise refused from error
         self._enter(model_id, "ready")
         self._states[model_id].load_s = round(time.monotonic() - started, 3)
         self._load_seconds.observe(time.monotonic() - started)
         self._loads.inc(tags={"outcome": "ready"})
         return loaded
+
+    async def _blame(self, model_id: str) -> Refused:
+        """Say whether an adapter could not be loaded because of itself, or because the engine is gone."""
+        try:
+            await self._engine.check_health()
+        except Exception:
+            return Refused(503, "service_unavailable", "The engine failed; ask again.")
+        return Refused(409, "adapter_refused", f"The adapter {model_id!r} could not be loaded.")
 
     def _loaded(self, model_id: str) -> SimpleNamespace:
         # Serve awaits `__del__` of what it drops; on the instance, Python's own collector never calls it.

@@ -315,9 +315,8 @@ def test_a_killed_driver_loses_and_repeats_nothing(finished: tuple[Path, dict, P
         assert committed.items() <= now.items(), f"rewritten before the kill in {folder}"
         committed = {name: value for name, value in now.items() if is_committed(run_dir, name)}
         assert committed
-    result, _ = finish(config)
+    finish(config, "train")
     assert committed.items() <= digests(run_dir).items()
-    assert result["training"]["steps"] == finished[1]["training"]["steps"]
     for stage in SCHEMAS:
         assert ids(run_dir, stage) == ids(finished[0] / "run", stage), stage
     resumed, undisturbed = (
