@@ -140,7 +140,7 @@ class AdapterServer(LLMServer):
             await self._forget(model_id)
             self._enter(model_id, "failed", refused.message)
             self._loads.inc(tags={"outcome": "failed"})
-            raise refused from error
+            raise refused from (None if refused is error else error)
         self._enter(model_id, "ready")
         self._states[model_id].load_s = round(time.monotonic() - started, 3)
         self._load_seconds.observe(time.monotonic() - started)
@@ -193,9 +193,7 @@ class AdapterServer(LLMServer):
         )
         response = await anext(self._engine.completions(request))
         if isinstance(response, ErrorResponse):
-            raise Refused(
-                409, "adapter_refused", f"The adapter {model_id!r} failed its probe: {response.error.message}"
-            )
+            raise ValueError(response.error.message)
         logprobs = response.choices[0].logprobs
         for wanted, given, top in zip(probe["answer_ids"], logprobs.tokens, logprobs.top_logprobs, strict=False):
             if given == f"token_id:{wanted}":
