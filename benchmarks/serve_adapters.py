@@ -32,7 +32,7 @@ import psutil
 from benchmarks.gap_closed import ROOT, claim, describe_machine
 from benchmarks.random_adapters import publish_random_adapters
 from serve.registry import Registry
-from serve.server import TIE_NATS
+from serve.server import TIE_NATS, lead_over
 
 TOKENS = 32
 KV_CACHE_GB = 2
@@ -223,11 +223,8 @@ def memory_mb() -> int:
 
 def compare(logprobs: dict[str, Any], wanted: list[int]) -> str:
     """Say whether tokens are the wanted ones, another one where the two were tied, or wrong."""
-    for token_id, given, top in zip(wanted, logprobs["tokens"], logprobs["top_logprobs"], strict=False):
-        if given != f"token_id:{token_id}":
-            lead = top[given] - top.get(f"token_id:{token_id}", float("-inf"))
-            return "tied" if lead <= TIE_NATS else "wrong"
-    return "same"
+    lead = lead_over(wanted, logprobs["tokens"], logprobs["top_logprobs"])
+    return "same" if lead is None else "tied" if lead <= TIE_NATS else "wrong"
 
 
 async def measure_first_use(url: str, names: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.resources import demands, model_fits, unmet
+from cluster.submit import EXCLUDES, ROOT
 from pipeline.config import Config
 from pipeline.store import Folder
 
@@ -21,7 +22,7 @@ def check(config: Config, address: str | None) -> list[str]:
     """Return what is missing; ValueError if there is no cluster to ask."""
     address = address or config.cluster.address or "auto"
     try:
-        ray.init(address, log_to_driver=False, runtime_env={"working_dir": str(Path(__file__).resolve().parent.parent)})
+        ray.init(address, log_to_driver=False, runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES})
     except ConnectionError as error:
         raise ValueError(f"no Ray cluster at {address} ({error}); start one, or give --address") from None
     try:

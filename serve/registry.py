@@ -56,10 +56,17 @@ class Registry:
 
     def live(self) -> list[Version]:
         """Return the live version of every name that has one, sorted by name."""
+        return [Version(name, alias["version"]) for name, alias in self._live_aliases()]
+
+    def pinned(self) -> list[Version]:
+        """Return the live versions of pinned names, sorted by name."""
+        return [Version(name, alias["version"]) for name, alias in self._live_aliases() if alias["pinned"]]
+
+    def _live_aliases(self) -> list[tuple[str, dict[str, Any]]]:
         found = [name for name in self.folder.folders() if _NAME.fullmatch(name)]
         with ThreadPoolExecutor(16) as pool:
             aliases = list(pool.map(self.alias, found))
-        return [Version(name, alias["version"]) for name, alias in zip(found, aliases, strict=True) if _is_live(alias)]
+        return [(name, alias) for name, alias in zip(found, aliases, strict=True) if _is_live(alias)]
 
     def alias(self, name: str) -> dict[str, Any]:
         """Return {version, before, retired, pinned} of a name; version is None for an unknown one."""
@@ -118,21 +125,21 @@ class Registry:
         strange = [name for name in source.list() if Path(name).suffix not in _HARMLESS]
         if strange:
             raise _bad(version, f"it holds {strange[0]!r}, and only safetensors and JSON are loaded")
-        self._copy(version, {WEIGHTS, PEFT_CONFIG}, target, max_bytes)
+        self._copy(version, manifest["files"], {WEIGHTS, PEFT_CONFIG}, target, max_bytes)
         _check_weights(version, target, manifest)
         return manifest
 
     def fetch_retrieval(self, version: Version, target: Path, max_bytes: int, only: set[str] | None = None) -> None:
         """Copy the passages and their index, or `only` some of these files; Refused with 409 if there are none."""
         prefix = f"{RETRIEVAL}/"
-        found = [name for name in self.manifest(version)["files"] if name.startswith(prefix)]
+        digests = self.manifest(version)["files"]
+        found = [name for name in digests if name.startswith(prefix)]
         wanted = {name for name in found if only is None or name.removeprefix(prefix) in only}
         if not wanted:
             raise _bad(version, "it was published without its passages")
-        self._copy(version, wanted, target, max_bytes)
+        self._copy(version, digests, wanted, target, max_bytes)
 
-    def _copy(self, version: Version, names: set[str], target: Path, max_bytes: int) -> None:
-        digests = self.manifest(version)["files"]
+    def _copy(self, version: Version, digests: dict[str, str], names: set[str], target: Path, max_bytes: int) -> None:
         source = self._below(version.name) / version.version
         target.mkdir(parents=True, exist_ok=True)
         room = max_bytes

@@ -195,24 +195,21 @@ class AdapterServer(LLMServer):
         if isinstance(response, ErrorResponse):
             raise ValueError(response.error.message)
         logprobs = response.choices[0].logprobs
-        for wanted, given, top in zip(probe["answer_ids"], logprobs.tokens, logprobs.top_logprobs, strict=False):
-            if given == f"token_id:{wanted}":
-                continue
-            lead = top[given] - top.get(f"token_id:{wanted}", float("-inf"))
-            if lead > TIE_NATS:
-                raise Refused(
-                    409,
-                    "adapter_refused",
-                    f"The adapter {model_id!r} failed its probe: the answer differs from the one recorded when it was "
-                    f"published, by {lead:.2f} nats.",
-                )
-            return
+        lead = lead_over(probe["answer_ids"], logprobs.tokens, logprobs.top_logprobs)
+        if lead is not None and lead > TIE_NATS:
+            raise Refused(
+                409,
+                "adapter_refused",
+                f"The adapter {model_id!r} failed its probe: the answer differs from the one recorded when it was "
+                f"published, by {lead:.2f} nats.",
+            )
 
     async def _keep_pinned(self) -> None:
         """Hold the live versions of pinned names in the engine's slots, all but one slot at most."""
         while True:
             with contextlib.suppress(Refused, OSError):
-                wanted = await asyncio.to_thread(self._pinned_models)
+                pinned = await asyncio.to_thread(self._registry.pinned)
+                wanted = [version.model_id for version in pinned[: self._settings.adapter_slots - 1]]
                 for model_id in [m for m, state in self._states.items() if state.pinned and m not in wanted]:
                     await self._engine._engine_client.remove_lora(self._lora_id(model_id))  # vLLM knows no unpin
                     self._states[model_id].pinned = False
@@ -222,10 +219,6 @@ class AdapterServer(LLMServer):
                         await self._engine._engine_client.pin_lora(self._lora_id(model_id))
                         self._states[model_id].pinned = True
             await asyncio.sleep(PINNED_S)
-
-    def _pinned_models(self) -> list[str]:
-        pinned = [version.model_id for version in self._registry.live() if self._registry.alias(version.name)["pinned"]]
-        return pinned[: self._settings.adapter_slots - 1]
 
     async def _multiplexed(self, model_id: str) -> None:
         """Load an adapter as a request for it would."""
@@ -242,6 +235,17 @@ class AdapterServer(LLMServer):
 
     def _enter(self, model_id: str, state: Any, reason: str = "") -> None:
         self._states[model_id] = AdapterState(state, time.time(), reason)
+
+
+def lead_over(wanted: list[int], tokens: list[str], top_logprobs: list[dict[str, float]]) -> float | None:
+    """Return by how many nats the first token that differs from the wanted one beat it; None if none differs.
+
+    `tokens` are those of a completion with `return_tokens_as_token_ids`; beyond the reported top the lead is infinite.
+    """
+    for token_id, given, top in zip(wanted, tokens, top_logprobs, strict=False):
+        if given != f"token_id:{token_id}":
+            return top[given] - top.get(f"token_id:{token_id}", float("-inf"))
+    return None
 
 
 class CpuEngine(VLLMEngine):
