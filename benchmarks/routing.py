@@ -12,14 +12,13 @@ import argparse
 import json
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.gap_closed import ROOT, claim, describe_machine
+from benchmarks.record import claim, save
 from pipeline.config import Serve
 from pipeline.retrieve import PassageIndex
 
@@ -63,17 +62,13 @@ def main() -> int:
         print(name, results[name])
     result: dict[str, Any] = {
         "benchmark": "routing",
-        "date": datetime.now(UTC).date().isoformat(),
-        **describe_machine(),
         "settings": {"files": [Path(file).name for file in options.files], "corpora": options.corpora},
         "passages": len(published),
         "questions": len(asked),
         "results": results,
         "claims": [claim("accuracy_at_default_threshold", results["at_default"]["accuracy"], 0.8)],
     }
-    path = ROOT / "benchmarks" / "results" / "routing.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"result": str(path.relative_to(ROOT)), "claims": result["claims"]}))
+    save("routing", result)
     return 0
 
 

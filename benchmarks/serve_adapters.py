@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -29,8 +28,8 @@ import httpx
 import numpy as np
 import psutil
 
-from benchmarks.gap_closed import ROOT, claim, describe_machine
 from benchmarks.random_adapters import publish_random_adapters
+from benchmarks.record import ROOT, claim, save
 from serve.registry import Registry
 from serve.server import TIE_NATS, lead_over
 
@@ -83,8 +82,6 @@ def main() -> int:
     print(f"answers as PEFT: {right}; share lost to {options.adapters} adapters on {options.slots} slots: {swapping}")
     result = {
         "benchmark": "serve_adapters",
-        "date": datetime.now(UTC).date().isoformat(),
-        **describe_machine(),
         "model": Path(options.model).name,
         "settings": vars(options) | {"model": Path(options.model).name, "tokens": TOKENS, "rank": RANK},
         "endpoint": own,
@@ -101,12 +98,10 @@ def main() -> int:
             claim("alias_move_s", moved["seconds"], 10, at_most=True),
             claim("failed_during_alias_move", moved["failed"], 0, at_most=True),
             claim("wrong_answers", right["wrong"], 0, at_most=True),
-            claim("failed_requests", sum(m["failed"] for m in own.values()), 0, at_most=True),
+            claim("failed_requests", sum(m["failed"] for m in (*own.values(), right)), 0, at_most=True),
         ],
     }
-    path = ROOT / "benchmarks" / "results" / f"serve-adapters-{Path(options.model).name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"result": str(path.relative_to(ROOT)), "claims": result["claims"]}))
+    save(f"serve-adapters-{Path(options.model).name}", result)
     return 0
 
 
@@ -125,6 +120,7 @@ def traffic(base: str, names: list[str], requests: int) -> dict[str, list[str]]:
 
 async def measure(url: str, models: list[str], clients: int) -> dict[str, Any]:
     """Send the requests, so many at a time, after one warm-up; return throughput and times to the first token."""
+    say(f"{len(models)} requests of {clients} clients to {len(set(models))} models")
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
         await ask(client, url, models[0], 0)
         gate = asyncio.Semaphore(clients)
@@ -170,9 +166,10 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, number: int) -> t
 
 async def check_answers(url: str, registry: Registry, names: list[str], clients: int) -> dict[str, int]:
     """Ask every adapter its probe question twice, all mixed; count the answers that are PEFT's, up to a bf16 tie."""
+    say(f"{2 * len(names)} questions of {clients} clients to {len(names)} adapters, answers compared")
     order = np.random.default_rng(1).permutation(names * 2).tolist()
     probes = {name: registry.manifest(registry.resolve(name))["probe"] for name in names}
-    counts = {"asked": len(order), "same": 0, "tied": 0, "wrong": 0}
+    counts = {"asked": len(order), "same": 0, "tied": 0, "wrong": 0, "failed": 0}
     gate = asyncio.Semaphore(clients)
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
 
@@ -187,6 +184,9 @@ async def check_answers(url: str, registry: Registry, names: list[str], clients:
             }
             async with gate:
                 reply = await client.post(f"{url}/v1/completions", json=body)
+            if reply.status_code != 200:
+                say(f"{name}: {reply.status_code} {reply.text}")
+                return "failed"
             return compare(reply.json()["choices"][0]["logprobs"], probes[name]["answer_ids"])
 
         for outcome in await asyncio.gather(*map(one, order)):
@@ -214,6 +214,11 @@ async def measure_alias_move(url: str, registry: Registry, model_path: str, name
     last_old = max(when for when, _, model in seen if model == old.model_id)
     failed = sum(status != 200 for _, status, _ in seen)
     return {"seconds": round(max(0.0, last_old - moved_at), 3), "requests": len(seen), "failed": failed}
+
+
+def say(text: str) -> None:
+    """Tell on stderr what goes on: the whole takes half an hour."""
+    print(f"{datetime.now(UTC):%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 def memory_mb() -> int:
@@ -296,8 +301,12 @@ def run(command: list[str]) -> Iterator[str]:
                 time.sleep(0.5)
             yield url
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
 
 
 def is_up(url: str) -> bool:

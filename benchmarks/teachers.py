@@ -13,13 +13,12 @@ import json
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.gap_closed import ROOT, claim, describe_machine
+from benchmarks.record import ROOT, claim, save
 from pipeline.config import load_config
 
 WRITTEN = ("read", "dedup", "chunk", "question", "answer", "filter")
@@ -65,18 +64,13 @@ def main() -> int:
         ]
     result: dict[str, Any] = {
         "benchmark": "teachers",
-        "name": options.name,
-        "date": datetime.now(UTC).date().isoformat(),
-        **describe_machine(),
         "model": Path(config.model.path).name,
         "settings": config.model_dump(include={"question", "answer", "train"}),
         "runs": {teacher: {k: v for k, v in run.items() if k != "adapter"} for teacher, run in runs.items()},
         "loss_curves": curves,
         "claims": claims,
     }
-    path = ROOT / "benchmarks" / "results" / f"{options.name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"result": str(path.relative_to(ROOT)), "claims": claims}))
+    save(options.name, result)
     return 0
 
 

@@ -13,8 +13,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.resources import demands, model_fits, unmet
-from cluster.submit import EXCLUDES, ROOT
 from pipeline.config import Config
+from pipeline.stage import CODE, NOT_CODE
 from pipeline.store import Folder
 
 
@@ -22,7 +22,7 @@ def check(config: Config, address: str | None) -> list[str]:
     """Return what is missing; ValueError if there is no cluster to ask."""
     address = address or config.cluster.address or "auto"
     try:
-        ray.init(address, log_to_driver=False, runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES})
+        ray.init(address, log_to_driver=False, runtime_env={"working_dir": str(CODE), "excludes": NOT_CODE})
     except ConnectionError as error:
         raise ValueError(f"no Ray cluster at {address} ({error}); start one, or give --address") from None
     try:
@@ -30,9 +30,10 @@ def check(config: Config, address: str | None) -> list[str]:
         for node in nodes:
             have = {name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}
             print(f"node {node['NodeManagerAddress']}: {have}", file=sys.stderr)
+        found = []
         for demand in demands(config):
             print(f"{demand.stage}: {demand.count} x {demand.bundle}", file=sys.stderr)
-        found = [unmet(demand, [node["Resources"] for node in nodes]) for demand in demands(config)]
+            found.append(unmet(demand, [node["Resources"] for node in nodes]))
         seen = {node["NodeManagerAddress"]: _on(node, _look, config.model.path) for node in nodes}
         for place, looking in seen.items():
             view: Any = ray.get(looking)

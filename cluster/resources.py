@@ -28,9 +28,7 @@ def demands(config: Config) -> list[Demand]:
     cluster = config.cluster
     engine = {"CPU": float(cluster.engine_cpus), "GPU": float(cluster.engine_gpus)}
     worker = {"CPU": float(cluster.worker_cpus), "GPU": float(cluster.worker_gpus)}
-    engines = Demand(
-        "question, answer", cluster.num_engines, 1, engine, "cluster.num_engines, engine_gpus and engine_cpus"
-    )
+    engines = Demand("write", cluster.num_engines, 1, engine, "cluster.num_engines, engine_gpus and engine_cpus")
     workers = Demand(
         "train",
         cluster.num_workers,

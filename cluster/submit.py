@@ -15,25 +15,24 @@ from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-ROOT = Path(__file__).resolve().parent.parent
+from pipeline.stage import CODE, NOT_CODE
+
 DASHBOARD = "http://127.0.0.1:8265"
-# What the job does not need; the code alone is well under a megabyte.
-EXCLUDES = [".git", ".venv", ".models", "runs", "registry", "tests", "benchmarks/results", "**/__pycache__"]
-PATHS = ("run_dir", "model.path", "read.paths", "evaluate.questions", "publish.registry")
+PATHS = ("run_dir", "model.path", "read.paths", "evaluate.questions", "evaluate.unrelated", "publish.registry")
 
 
 def submit(config: str, overrides: list[str], address: str | None, stop_on_interrupt: bool = False) -> int:
     """Run the pipeline as a job and return its exit code; after Ctrl-C the job goes on unless told otherwise."""
     path = Path(config).resolve()
-    if not path.is_relative_to(ROOT) or path.relative_to(ROOT).parts[0] in EXCLUDES:
+    if not path.is_relative_to(CODE) or path.relative_to(CODE).parts[0] in NOT_CODE:
         raise ValueError(
-            f"{config} does not travel to the cluster: only what is in {ROOT}, without {', '.join(EXCLUDES)}; move it"
+            f"{config} does not travel to the cluster: only what is in {CODE}, without {', '.join(NOT_CODE)}; move it"
         )
     refuse_relative_paths(tomllib.loads(path.read_text(encoding="utf-8")), overrides)
     client = connect(address)
-    command = ["python", "-m", "pipeline", "run", str(path.relative_to(ROOT)), *overrides]
+    command = ["python", "-m", "pipeline", "run", str(path.relative_to(CODE)), *overrides]
     job = client.submit_job(
-        entrypoint=shlex.join(command), runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES}
+        entrypoint=shlex.join(command), runtime_env={"working_dir": str(CODE), "excludes": NOT_CODE}
     )
     print(f"job {job}: ray job logs --follow {job}", file=sys.stderr)
     try:

@@ -4,13 +4,10 @@ In: the stored answers, the config, the base model. Out: nothing, or a `ValueErr
 A student trained on shifted or foreign targets has a normal loss curve, so this is checked and not hoped for.
 """
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.base_model import BaseModel
 from pipeline.batch import AnswerData, Sample, pack, rows_in_order, samples_of, topk_of
 from pipeline.config import Config
 from pipeline.engine import load_tokenizer, render_chat
@@ -18,23 +15,11 @@ from pipeline.loss import Labels
 from pipeline.prompts import student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
-from pipeline.student import Student, add_adapter, load_base
+from pipeline.student import Student
 
 NUM_CHECKED = 16
 # bf16 logits of size 20 differ by up to 0.06 between two implementations; a wrong template moves the mean by nats.
 MAX_MEAN_DIFFERENCE = 0.2
-
-
-def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
-    """Raise ValueError unless this base model wrote the answers; return what the two share."""
-    wrote, trains = answers["settings"]["model"], base.identity()
-    for name, value in trains.items():
-        if wrote[name] != value:
-            raise ValueError(
-                f"the answers were written by another teacher: {name} was {wrote[name]}, that of model.path = "
-                f"{base.path!r} is {value}; train the model that wrote them, or write the answers anew"
-            )
-    return trains
 
 
 class TeacherPrompts:
@@ -53,8 +38,12 @@ class TeacherPrompts:
         }
 
     def of(self, answers: pa.Table) -> list[np.ndarray]:
+        """Return the prompt of every answer; general answers have no passage, so theirs is the student's."""
         prompts = []
-        for row in answers.select(["passage_id", "question_id"]).to_pylist():
+        for row in answers.select(["passage_id", "question_id", "prompt_ids"]).to_pylist():
+            if not row["passage_id"]:
+                prompts.append(np.asarray(row["prompt_ids"]))
+                continue
             passage = self._passages[row["passage_id"]]
             chat = teacher_chat(passage["text"], passage["heading"], self._questions[row["question_id"]])
             prompts.append(np.asarray(render_chat(self.tokenizer, chat)))
@@ -67,15 +56,14 @@ class TeacherPrompts:
         ]
 
 
-def check_alignment(config: Config, base_path: str) -> None:
-    """Compare some stored answers with what student and teacher make of them now.
+def check_alignment(config: Config, student: Student, device: torch.device) -> None:
+    """Compare some stored answers with what student and teacher, the same network on `device`, make of them now.
 
     Raises ValueError if the prompts differ, if the packed answer positions do not hold the answer, or if the base
     model with the passage in its prompt does not give the stored log-probabilities.
     """
-    data = AnswerData(Stage(config.run_dir, "filter", ANSWER))
-    if not len(data):
-        raise ValueError("no answers are left to train on; loosen [filter] or write more questions")
+    filtered = Stage(config.run_dir, "filter", ANSWER)
+    data = AnswerData(map(filtered.read_shard, filtered.shards()))
     answers = data.take(np.unique(np.linspace(0, len(data) - 1, NUM_CHECKED).astype(int)).tolist())
     prompts = TeacherPrompts(config)
     samples = samples_of(answers)
@@ -88,19 +76,18 @@ def check_alignment(config: Config, base_path: str) -> None:
                 f"stored: {prompts.tokenizer.decode(sample.prompt_ids)!r}\nnow:    {prompts.tokenizer.decode(prompt)!r}"
             )
     check_mask(samples)
-    student = Student(add_adapter(load_base(base_path), config.train.lora, base_path), config.train.loss_chunk)
     teacher = [Sample(prompt, s.answer_ids) for prompt, s in zip(prompts.of(answers), samples, strict=True)]
     packed = pack(teacher, rows_in_order(teacher, 1024))
     ids, logprobs = topk_of(answers, len(packed.answer_index))
     with student.adapter_off():
-        now = -student(packed, Labels(ids[:, 0]))
+        now = -student(packed.to(device), Labels(ids[:, 0].to(device))).cpu()
     difference = (now - logprobs[:, 0]).abs()
     if not difference.mean() <= MAX_MEAN_DIFFERENCE:
         worst = int(difference.argmax())
         owner = int(np.searchsorted(np.cumsum([len(s.answer_ids) for s in samples]), worst, side="right"))
         raise ValueError(
-            f"alignment guard: the teacher's stored log-probabilities are not those of {base_path}: mean difference "
-            f"{difference.mean():.2f} nats (at most {MAX_MEAN_DIFFERENCE}), worst in answer "
+            f"alignment guard: the teacher's stored log-probabilities are not those of {config.model.path}: mean "
+            f"difference {difference.mean():.2f} nats (at most {MAX_MEAN_DIFFERENCE}), worst in answer "
             f"{answers['answer_id'][owner]} at token {prompts.tokenizer.decode([int(ids[worst, 0])])!r}: stored "
             f"{logprobs[worst, 0]:.2f}, now {now[worst]:.2f}"
         )

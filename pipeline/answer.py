@@ -10,43 +10,40 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.base_model import BaseModel
-from pipeline.config import AnswerSection, Cluster, Config, Model
+from pipeline.config import AnswerSection, Config
 from pipeline.engine import Completion, Engine, render_chat
 from pipeline.prompts import prompts_digest, student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
-from pipeline.stage import Actors, run_stage
+from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
 
-def write_answers(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
-    """Run the stage and return its manifest; it needs the complete question stage."""
-    questions = Stage(config.run_dir, "question", QUESTION)
-    return run_stage(
+def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
+    """Describe the stage; every unit needs the unit of the same name of the question stage."""
+    return Job(
         Stage(config.run_dir, "answer", ANSWER),
         {
             "answer": config.answer.model_dump(),
             "model": base.identity(),
             "prompts": prompts_digest(),
-            "input": questions.require()["data_digest"],
+            "input": questions.settings_digest,
         },
-        [{"name": unit.name} for unit in questions.units()],
+        questions.units,
         AnswerWriter,
-        {"run_dir": config.run_dir, "settings": config.answer, "model": config.model, "cluster": config.cluster},
-        Actors(config.cluster.num_engines, config.cluster.engine_cpus, config.cluster.engine_gpus),
+        {"run_dir": config.run_dir, "settings": config.answer},
         config.max_reject_share,
-        redo,
     )
 
 
 class AnswerWriter:
-    """Owns an engine; one unit is the questions about one shard of passages."""
+    """One unit is the questions about one shard of passages."""
 
-    def __init__(self, run_dir: str, settings: AnswerSection, model: Model, cluster: Cluster) -> None:
+    def __init__(self, run_dir: str, settings: AnswerSection, engine: Engine) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
         self._answers = Stage(run_dir, "answer", ANSWER)
         self._settings = settings
-        self._engine = Engine(model, cluster, settings.top_k)
+        self._engine = engine
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
@@ -83,27 +80,28 @@ def answer_questions(
                     Rejected("answer", answer_id, "too_long", f"prompt of {len(prompt)} tokens, room for {room}")
                 )
                 continue
-            rows.append((answer_id, question, render_chat(engine.tokenizer, student_chat(question["text"]))))
+            student_prompt = render_chat(engine.tokenizer, student_chat(question["text"]))
+            rows.append((answer_id, question["question_id"], question["passage_id"], student_prompt))
             prompts.append(prompt)
     completions = engine.complete(
         prompts, seed_of(settings.seed, *(row[0] for row in rows)), settings, settings.max_tokens, settings.top_k
     )
-    return _answer_table(rows, completions), rejected
+    return answer_table(rows, completions), rejected
 
 
-def _answer_table(rows: list[tuple[str, dict[str, Any], list[int]]], completions: list[Completion]) -> pa.Table:
+def answer_table(rows: list[tuple[str, str, str, list[int]]], completions: list[Completion]) -> pa.Table:
+    """Build the ANSWER table; a row is an answer's id, its question's, its passage's, and the student's prompt."""
+
     def ragged(arrays: list[np.ndarray], kind: Any) -> pa.Array:
         offsets = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int32)
         flat = np.concatenate([array.ravel() for array in arrays]) if arrays else np.empty(0)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(kind)))
 
     columns = [
-        [answer_id for answer_id, _, _ in rows],
-        [question["question_id"] for _, question, _ in rows],
-        [question["passage_id"] for _, question, _ in rows],
+        *([row[column] for row in rows] for column in range(3)),
         [completion.text.strip() for completion in completions],
         [completion.finish_reason for completion in completions],
-        ragged([np.asarray(prompt) for _, _, prompt in rows], np.int32),
+        ragged([np.asarray(prompt) for *_, prompt in rows], np.int32),
         ragged([completion.token_ids for completion in completions], np.int32),
         ragged([completion.topk_ids for completion in completions], np.int32),
         ragged([completion.topk_logprobs for completion in completions], np.float16),

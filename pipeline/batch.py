@@ -1,12 +1,12 @@
 """Answers -> packed tensors, answer positions aligned.
 
-In: the answers of a complete filter stage. Out: a plan of steps and rows that depends on lengths and the seed alone (so
+In: tables of answers. Out: a plan of steps and rows that depends on lengths and the seed alone (so
 any number of workers, and a resumed run, walk through the same samples), and the tensors of one micro-batch.
 Several samples share a row; none sees another.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pipeline.schema import ANSWER
-from pipeline.store import Stage
 
 Row = list[int]  # indices of the samples that share a packed row
 Step = list[Row]  # rows of one optimiser step, over all workers
@@ -60,15 +59,15 @@ class Packed:
 class AnswerData:
     """Random access to answers on local disk, memory-mapped: memory does not grow with their number."""
 
-    def __init__(self, stage: Stage) -> None:
-        """Copy the stage's rows into a temporary Arrow file; it lives as long as this object."""
+    def __init__(self, tables: Iterable[pa.Table]) -> None:
+        """Copy the tables' rows into a temporary Arrow file; it lives as long as this object."""
         self._folder = tempfile.TemporaryDirectory(prefix="answers-")
         path = Path(self._folder.name) / "answers.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ANSWER) as writer:
-            for shard in stage.shards():
-                writer.write_table(stage.read_shard(shard))
+            for table in tables:
+                writer.write_table(table)
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
+        self.num_general = int(np.count_nonzero(np.asarray(self.table["passage_id"]) == ""))
         self._prompt_tokens, self._answer_tokens = (
             np.asarray(pc.call_function("list_value_length", [self.table[name]]))
             for name in ("prompt_ids", "answer_ids")
@@ -102,6 +101,32 @@ def topk_of(answers: pa.Table, num_answer_tokens: int) -> tuple[Tensor, Tensor]:
     ids = np.asarray(answers["topk_ids"].combine_chunks().flatten()).reshape(num_answer_tokens, -1)
     logprobs = np.asarray(answers["topk_logprobs"].combine_chunks().flatten()).reshape(num_answer_tokens, -1)
     return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(logprobs.astype(np.float32))
+
+
+def plan_run(
+    lengths: np.ndarray,
+    num_general: int,
+    general_share: float,
+    epochs: int,
+    batch_tokens: int,
+    row_tokens: int,
+    seed: int,
+) -> list[Step]:
+    """Plan all epochs; the last `num_general` samples are general ones.
+
+    An epoch has every other sample once, and so many general ones that they are `general_share` of its samples: the
+    next ones in a shuffled order that goes on from epoch to epoch, so that each is used before one is used twice.
+    """
+    num_corpus = len(lengths) - num_general
+    wanted = round(general_share / (1 - general_share) * num_corpus) if num_general else 0
+    order = num_corpus + np.random.default_rng(seed).permutation(num_general)
+    steps = []
+    for epoch in range(epochs):
+        general = np.take(order, np.arange(epoch * wanted, (epoch + 1) * wanted), mode="wrap")
+        samples = np.concatenate([np.arange(num_corpus), general])
+        for step in plan_epoch(lengths[samples], batch_tokens, row_tokens, seed + epoch):
+            steps.append([samples[row].tolist() for row in step])
+    return steps
 
 
 def plan_epoch(lengths: np.ndarray, batch_tokens: int, row_tokens: int, seed: int) -> list[Step]:

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import ray
 from markdown_it import MarkdownIt
 from semantic_text_splitter import MarkdownSplitter
 from tokenizers import Tokenizer
 
-from pipeline.config import Chunk
+from pipeline.config import Chunk, Cluster
 from pipeline.dedup import UNSPACED
 from pipeline.schema import DOCUMENT, PASSAGE, Document, Passage, digest, to_table
-from pipeline.stage import Actors, run_stage
+from pipeline.stage import Actors, Job, run_stage
 from pipeline.store import Stage, Unit
 
 WINDOW = 40  # characters, times max_tokens, split at once; the splitter's time is not linear
@@ -161,19 +160,23 @@ class ChunkWorker:
 
 
 def chunk_documents(
-    run_dir: str, config: Chunk, tokenizer_path: str, max_reject_share: float, redo: bool = False
+    run_dir: str,
+    config: Chunk,
+    tokenizer_path: str,
+    cluster: Cluster,
+    max_reject_share: float,
+    redo: bool = False,
 ) -> dict[str, Any]:
     """Run the stage `chunk` and return its manifest; the tokenizer is that of the base model."""
     documents = Stage(run_dir, "dedup", DOCUMENT)
     input_digest = documents.require()["data_digest"]
     tokenizer = digest(Path(tokenizer_path, "tokenizer.json").read_bytes())
-    return run_stage(
+    job = Job(
         Stage(run_dir, "chunk", PASSAGE),
         config.model_dump() | {"input": input_digest, "tokenizer": tokenizer},
         ({"name": f"{number:06d}", "shard": shard} for number, shard in enumerate(documents.shards())),
         ChunkWorker,
         {"run_dir": run_dir, "config": config, "tokenizer_path": tokenizer_path},
-        Actors(int(ray.cluster_resources().get("CPU", 1))),
         max_reject_share,
-        redo,
     )
+    return run_stage(job, Actors(cluster), redo)

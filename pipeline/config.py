@@ -149,6 +149,23 @@ class AnswerSection(Sampling):
     """Seed from which the seed of every batch of requests is derived."""
 
 
+class General(Sampling):
+    """Prompts that have nothing to do with the corpus, written and answered by the base model alone."""
+
+    prompts: int = Field(default=256, ge=0)
+    """Prompts to train on: on these the student keeps the base model's answers; 0 leaves them out."""
+    share: float = Field(default=0.2, ge=0, lt=1)
+    """Share of these among the samples of every epoch."""
+    held_out: int = Field(default=64, ge=0)
+    """Prompts to measure forgetting with; never trained on."""
+    max_tokens: int = Field(default=96, ge=16)
+    """Longest prompt, and longest answer."""
+    temperature: float = Field(default=0.8, ge=0, le=2)
+    """Sampling temperature of both; 0 is greedy."""
+    seed: int = 0
+    """Seed of prompts and answers."""
+
+
 class FilterSection(Section):
     keep_unfinished: bool = False
     """Keep answers that were cut off at answer.max_tokens."""
@@ -168,8 +185,9 @@ class Lora(Section):
 
 
 class Train(Section):
-    teacher: Literal["stored", "online", "sft"] = "stored"
-    """Signal: the stored top-k, the same weights with the passage in the prompt, or the answer's own tokens."""
+    teacher: Literal["stored", "online", "sft", "raw_text"] = "stored"
+    """Signal: the stored top-k, the same weights with the passage in the prompt, the answer's own tokens, or the
+    passages' own tokens without any question."""
     lora: Lora = Lora()
     epochs: int = Field(default=4, ge=1)
     """Passes over the answers."""
@@ -212,11 +230,35 @@ class Train(Section):
         return self
 
 
+class Judge(Section):
+    """A language model that grades replies, through any OpenAI-compatible endpoint; its key is OPENAI_API_KEY."""
+
+    model: str | None = None
+    """Name of the model at the endpoint; unset: the base model grades, in the local engine."""
+    url: str | None = None
+    """Address of the endpoint, ending in /v1; unset: OpenAI's own."""
+    max_tokens: int = Field(default=160, ge=32)
+    """Longest grading, its reasons included."""
+    concurrency: int = Field(default=16, ge=1)
+    """Requests at a time."""
+
+
 class Evaluate(Section):
     questions: Location | None = None
-    """JSONL of questions for measuring only: `question`, `answers` (accepted strings), `context` (its gold passage)."""
+    """JSONL of questions for measuring only: `question`, `answers` (accepted strings), `context` (its gold passage),
+    and if wanted `kind`; unset: questions that the base model wrote are held out."""
     max_questions: int | None = Field(default=None, ge=1)
     """Use only the first this many."""
+    held_out: int = Field(default=100, ge=0)
+    """Without a file: so many of the written questions, at most a tenth, are kept out of training for measuring."""
+    near_duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
+    """A training question whose words are this much those of an evaluation question (Jaccard) is not trained on."""
+    baselines: list[Literal["sft", "raw_text"]] = []
+    """Adapters to train for comparison: on the same answers with hard labels, and on the passages' raw text."""
+    unrelated: Location | None = None
+    """JSONL like `questions` about other matters, to see what the adapter does to them."""
+    judge: Judge | None = None
+    """Grade replies with a language model, too."""
     max_tokens: int = Field(default=128, ge=1)
     """Longest answer."""
     bootstrap_resamples: int = Field(default=2000, ge=100)
@@ -225,11 +267,26 @@ class Evaluate(Section):
     """Seed of the resampling."""
 
 
+class Gate(Section):
+    """Thresholds that an adapter must reach to be published; what could not be measured is not held against it."""
+
+    min_gap_closed: float | None = 0.0
+    """Least share of the gap between closed book and gold passage that it closes."""
+    max_kl_to_base: float | None = Field(default=0.5, ge=0)
+    """Forgetting: most that it may differ from the base model on general prompts, in nats per token."""
+    max_general_loss: float | None = Field(default=0.2, ge=0)
+    """Forgetting: most that its share of right answers to general questions may fall."""
+    max_refusal_loss: float | None = Field(default=0.5, ge=0)
+    """Most that its share of refusals may fall on questions that nobody can answer."""
+
+
 class Publish(Section):
     registry: Location
     """Folder or bucket URI of the adapter registry."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     """Adapter name: lower-case letters, digits, dot, dash and underscore."""
+    gate: Gate = Gate()
+    """What an adapter must reach; `--force REASON` publishes it all the same."""
 
 
 class Serve(Section):
@@ -274,7 +331,7 @@ class Serve(Section):
     alias_seconds: float = Field(default=2, gt=0, le=10)
     """How long the registry's names, aliases and keys are remembered: a moved alias takes effect this soon."""
     retrieval_passages: int = Field(default=3, ge=1, le=20)
-    """Passages in the prompt of a request with `"retrieval": true`."""
+    """Passages in the prompt of a request with `"retrieval": true`, and of the evaluation's retrieval arms."""
     auto_min_score: float = Field(default=0.2, ge=0, le=1)
     """Share of the question's weight that a passage must hold for `model: "auto"` to choose its corpus."""
 
@@ -327,6 +384,7 @@ class Config(Section):
     chunk: Chunk = Chunk()
     question: QuestionSection = QuestionSection()
     answer: AnswerSection = AnswerSection()
+    general: General = General()
     filter: FilterSection = FilterSection()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

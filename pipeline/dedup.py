@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import ray
 from datasketch import LeanMinHash, MinHash, MinHashLSH
 
+from pipeline.config import Cluster
 from pipeline.schema import DOCUMENT, Rejected
-from pipeline.stage import Actors, run_stage
+from pipeline.stage import Actors, Job, run_stage
 from pipeline.store import Stage, Unit
 
 # Scripts that put no spaces between words, their punctuation, and emoji.
@@ -25,9 +25,9 @@ PERMUTATIONS = 128
 HASH_BATCH = 8192  # shingles hashed together: 8 MB per temporary array of datasketch
 
 
-def drop_duplicates(run_dir: str, threshold: float | None, redo: bool = False) -> dict[str, Any]:
+def drop_duplicates(run_dir: str, threshold: float | None, cluster: Cluster, redo: bool = False) -> dict[str, Any]:
     """Run the stage `dedup` and return its manifest; ValueError if `read` is not complete."""
-    return run_stage(
+    job = Job(
         Stage(run_dir, "dedup", DOCUMENT),
         {
             "input": Stage(run_dir, "read", DOCUMENT).require()["data_digest"],
@@ -35,11 +35,9 @@ def drop_duplicates(run_dir: str, threshold: float | None, redo: bool = False) -
         },
         plan_units(run_dir, threshold),
         DedupWorker,
-        {"run_dir": run_dir},
-        Actors(int(ray.cluster_resources().get("CPU", 1))),
-        max_reject_share=1.0,  # a corpus of many duplicates is no fault
-        redo=redo,
+        {"run_dir": run_dir},  # without a limit on rejects: a corpus of many duplicates is no fault
     )
+    return run_stage(job, Actors(cluster), redo)
 
 
 class DedupWorker:
@@ -93,6 +91,8 @@ def plan_units(run_dir: str, threshold: float | None) -> Iterator[dict[str, Any]
 
 def _match_near(run_dir: str, shards: list[str], is_first: np.ndarray, threshold: float) -> np.ndarray:
     """Return for each row the earlier, kept row that it nearly repeats, or itself."""
+    import ray
+
     index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     kept: dict[int, LeanMinHash] = {}
     near = np.arange(len(is_first))

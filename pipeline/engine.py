@@ -8,13 +8,14 @@ that is redone after a crash sees the same batches, and hence the same tokens, a
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.config import Cluster, Model, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Completion(NamedTuple):
@@ -52,6 +53,7 @@ class Engine:
         arguments = engine_arguments(model, cluster) | {"max_logprobs": max(top_k, 1), "disable_log_stats": True}
         if adapter_rank:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(adapter_rank)}
+        self._adapters: dict[str, int] = {}
         self._llm = LLM(model=model.path, **(arguments | model.engine))
         self.tokenizer = load_tokenizer(model.path)
         self.max_model_len = model.max_model_len
@@ -73,6 +75,7 @@ class Engine:
         """
         if not prompts:
             return []
+        import torch
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.sampling_params import StructuredOutputsParams
@@ -94,7 +97,7 @@ class Engine:
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             parameters,
             use_tqdm=False,
-            lora_request=LoRARequest(adapter, 1, adapter) if adapter else None,
+            lora_request=LoRARequest(adapter, self._adapter_id(adapter), adapter) if adapter else None,
         )
         self.stats = EngineStats(
             self.stats.prompt_tokens + sum(len(prompt) for prompt in prompts),
@@ -103,6 +106,10 @@ class Engine:
             self.stats.engine_seconds + time.monotonic() - started,
         )
         return [_completion(output.outputs[0], top_k) for output in outputs]
+
+    def _adapter_id(self, folder: str) -> int:
+        """Return an id of its own for every adapter: vLLM tells adapters apart by it, and by nothing else."""
+        return self._adapters.setdefault(folder, len(self._adapters) + 1)
 
 
 def engine_arguments(model: Model, cluster: Cluster) -> dict[str, Any]:
@@ -128,14 +135,23 @@ def engine_arguments(model: Model, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(path)
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> list[int]:
+def render_chat(tokenizer: "PreTrainedTokenizerBase", chat: list[dict[str, str]]) -> list[int]:
     """Return the token ids of a chat, up to where the assistant's reply begins."""
     ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
     return ids
+
+
+def render_user_opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the token ids of a chat up to where a user's words would stand."""
+    mark = "\u2063MARK\u2063"
+    text: Any = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    return tokenizer.encode(text.partition(mark)[0], add_special_tokens=False)
 
 
 def _completion(output: Any, top_k: int) -> Completion:

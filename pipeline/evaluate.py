@@ -1,223 +1,315 @@
-"""Questions with known answers -> the arms and their scores.
+"""Questions with known answers -> the arms, their scores, and what the adapter lost.
 
-In: a JSONL of held-out questions, the base model and the trained adapter. Out: `evaluate/report.json` and one line per
-question with every arm's answer in `evaluate/answers.jsonl`. The arms run in one vLLM engine, greedily; the adapter's
-arm is also the proof that vLLM loads the adapter. The questions are for measuring only: no other stage reads them.
+In: a JSONL of questions, or the written questions that `filter` held out, the base model and the trained adapter.
+Out: `evaluate/report.json`, and one line per question with every arm's reply in `evaluate/answers.jsonl`. The arms run
+in one vLLM engine, greedily; the adapter's arm is also the proof that vLLM loads it. Baselines are trained here first.
+The manifest also holds a probe: a training question with PEFT's answer, which the endpoint must give, too.
 """
 
 import json
-import re
-import string
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import ray
 
 from pipeline.base_model import BaseModel
-from pipeline.config import Config, Evaluate, Sampling
-from pipeline.schema import ANSWER, digest
-from pipeline.store import Folder, Stage, open_uri
+from pipeline.config import Config, Evaluate, Judge, Sampling
+from pipeline.held_out import (
+    TestQuestion,
+    by_id,
+    held_out_questions,
+    load_questions,
+    read_questions,
+    rows_where,
+    values_of,
+)
+from pipeline.measure import measure_adapters
+from pipeline.prompts import declines, judge_chat, parse_grade, retrieval_question, student_chat
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, digest
+from pipeline.score import Points, calibrate, group_means, interval, make_report, substring_match, token_f1
+from pipeline.stage import start_ray
+from pipeline.store import Folder, Stage
+from pipeline.train import train_adapter
 
-ARMS = ("closed_book", "gold_passage", "adapter")
-METRICS = ("substring_match", "token_f1")
+GENERAL_QUESTIONS = Path(__file__).with_name("general_questions.jsonl")
+LINEAGE_ROWS = 3
 
 
-class TestQuestion(NamedTuple):
-    """A held-out question, the strings that count as right, and the passage that holds the answer."""
+class Reply(NamedTuple):
+    """`confidence` is the geometric mean of the tokens' probabilities."""
 
-    id: str
-    question: str
-    answers: list[str]
-    context: str
+    text: str
+    confidence: float
+
+
+class Replies(NamedTuple):
+    """What one engine said to everything that was asked."""
+
+    questions: list[TestQuestion]  # with the passage and document that each belongs to
+    arms: dict[str, list[Reply]]
+    gold: pa.Table  # the gold-passage arm with its top-k
+    grades: dict[str, list[bool | None]]  # of a judge, if there is one
+    general: dict[str, list[str]]  # to the shipped general questions, by closed_book and adapter
+    unrelated: dict[str, list[str]]
 
 
 def evaluate_adapter(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
-    """Run the stage and return its manifest, whose `scores` are empty if the config names no questions."""
-    train = Stage(config.run_dir, "train", ANSWER)
+    """Run the stage and return its manifest, whose `scores` are empty if there are no questions."""
+    train, general = Stage(config.run_dir, "train", ANSWER), Stage(config.run_dir, "general", ANSWER)
     stage = Stage(config.run_dir, "evaluate", ANSWER)
-    questions = load_questions(config.evaluate)
+    questions = load_questions(config.evaluate) or held_out_questions(config)
+    unrelated = read_questions("evaluate.unrelated", config.evaluate.unrelated)
+    adapters = {"adapter": train.folder / "adapter"}
+    for name in config.evaluate.baselines:
+        baseline = config.model_copy(update={"train": config.train.model_copy(update={"teacher": name})})
+        train_adapter(baseline, base, redo, f"baseline-{name}")
+        adapters[name] = Folder(config.run_dir) / f"baseline-{name}" / "adapter"
+    if previous := previous_version(config, base):
+        adapters["previous"] = previous
     settings = {
-        "evaluate": config.evaluate.model_dump(exclude={"questions"}),
-        "questions": digest(*(json.dumps(question) for question in questions)),
+        "evaluate": config.evaluate.model_dump(exclude={"questions", "unrelated"}),
+        "retrieval_passages": config.serve.retrieval_passages,
+        "questions": digest(*(json.dumps(question) for question in [*questions, *unrelated])),
         "model": base.identity(),
         "input": train.require()["data_digest"],
+        "general": general.require()["data_digest"],
+        "previous": previous and previous.name,
     }
     if not stage.open(settings, redo):
         print("evaluate: up to date", file=sys.stderr)
         return stage.require()
+    import ray
+
     started = time.monotonic()
-    if not questions:
-        print("evaluate: [evaluate] questions is not set, so there is nothing to score", file=sys.stderr)
-        return stage.close(time.monotonic() - started, {"scores": {}})
-    print(f"evaluate: {len(questions)} questions, arms {', '.join(ARMS)}", file=sys.stderr)
+    print(f"evaluate: {len(questions)} questions, adapters {', '.join(adapters)}", file=sys.stderr)
     cluster = config.cluster
+    start_ray(cluster)
     # A process of its own for each, so that its memory is free again for the next.
-    arms = ray.remote(num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, max_calls=1)(_answer_arms)
-    replies, gold = ray.get(arms.remote(config, questions))
-    scorer = ray.remote(num_cpus=cluster.worker_cpus, num_gpus=cluster.worker_gpus, max_calls=1)(_held_out_kl)
-    kl = ray.get(scorer.remote(config, base.path, gold))
-    points = {arm: score_replies(replies[arm], questions) for arm in ARMS}
-    report = make_report(points, config.evaluate) | {"kl_to_teacher": kl}
+    asker = ray.remote(num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, max_calls=1)(_ask_everything)
+    replies = ray.get(asker.remote(config, questions, unrelated, adapters))
+    measurer = ray.remote(num_cpus=cluster.worker_cpus, num_gpus=cluster.worker_gpus, max_calls=1)(measure_adapters)
+    measured = ray.get(measurer.remote(config, base.path, replies.gold, adapters))
+    report: dict[str, Any] = {"scores": {}, "questions": len(questions)}
+    if questions:
+        report |= _score(config, replies, stage)
+    lost = _lost(replies, unrelated, config.evaluate)
+    lost |= {"kl_to_base": measured["kl_to_base"].get("adapter"), "prompts": measured.pop("general_prompts")}
+    report |= measured | {"lost": lost}
     stage.folder.write_json("report.json", report)
-    lines = [
-        json.dumps(
-            question._asdict()
-            | {arm: {"reply": replies[arm][i], **{m: points[arm][m][i] for m in METRICS}} for arm in ARMS},
-            ensure_ascii=False,
-        )
-        for i, question in enumerate(questions)
-    ]
-    stage.folder.write_bytes("answers.jsonl", "\n".join([*lines, ""]).encode())
     return stage.close(time.monotonic() - started, report)
 
 
-def load_questions(settings: Evaluate) -> list[TestQuestion]:
-    """Read the JSONL; ValueError names the line and the field that is missing or of the wrong type."""
-    if settings.questions is None:
-        return []
-    filesystem, path = open_uri(settings.questions)
-    try:
-        with filesystem.open_input_stream(path) as stream:
-            lines = stream.read().decode("utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"evaluate.questions = {settings.questions!r}: no such file") from None
-    questions = []
-    for number, line in enumerate(lines[: settings.max_questions], 1):
-        where = f"evaluate.questions = {settings.questions!r}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
-        for name, kind in (("question", str), ("answers", list), ("context", str)):
-            if not isinstance(row.get(name), kind) or not row[name]:
-                raise ValueError(f"{where}: {name!r} must be a {kind.__name__} that is not empty")
-        questions.append(TestQuestion(str(row.get("id", number)), row["question"], row["answers"], row["context"]))
-    return questions
+def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
+    """Score the arms and write down every reply."""
+    points = score_replies(replies)
+    metric = "substring_match" if config.evaluate.questions else "token_f1"
+    report = make_report(points, metric, config.evaluate) | {
+        "questions_from": "file" if config.evaluate.questions else "generated",
+        "calibration": {
+            arm: calibrate([reply.confidence for reply in said], points[arm][metric])
+            for arm, said in replies.arms.items()
+        },
+        "by_kind": group_means("kind", [q.kind for q in replies.questions], points, metric),
+        "by_document": group_means("document", [q.document for q in replies.questions], points, metric),
+    }
+    for arm, grades in replies.grades.items():
+        report["scores"][arm]["judge_unparsable"] = grades.count(None)
+    _write_answers(config, stage, replies, points, metric)
+    return report
 
 
-def _answer_arms(config: Config, questions: list[TestQuestion]) -> tuple[dict[str, list[str]], pa.Table]:
-    """Answer every question in every arm; return the replies, and the gold-passage answers with their top-k."""
+def previous_version(config: Config, base: BaseModel) -> Folder | None:
+    """Return the version that clients had before this adapter, if it is of this base model."""
+    from pipeline.publish import ALIAS, MANIFEST, version_of_run
+
+    adapters = Folder(config.publish.registry) / config.publish.name
+    alias = adapters.read_json(ALIAS) or {}
+    own = version_of_run(config, base)
+    for version in (alias.get("version"), *alias.get("before", [])):
+        if version and version != own:
+            manifest = (adapters / version).read_json(MANIFEST)
+            return adapters / version if manifest and manifest["base_revision"] == base.revision else None
+    return None
+
+
+def _ask_everything(
+    config: Config, questions: list[TestQuestion], unrelated: list[TestQuestion], adapters: dict[str, Folder]
+) -> Replies:
     from pipeline.answer import answer_questions
     from pipeline.engine import Engine, render_chat
-    from pipeline.prompts import student_chat
+    from pipeline.retrieve import PassageIndex, corpus_passages
 
     settings = config.answer.model_copy(
         update={"temperature": 0.0, "per_question": 1, "max_tokens": config.evaluate.max_tokens}
     )
-    engine = Engine(config.model, config.cluster, settings.top_k, adapter_rank=config.train.lora.rank)
-    passages = {question.id: {"text": question.context, "heading": ""} for question in questions}
+    documents, passages = Stage(config.run_dir, "dedup", DOCUMENT), Stage(config.run_dir, "chunk", PASSAGE)
+    index = PassageIndex.build(corpus_passages(documents, passages))
+    questions = [_locate(question, index) for question in questions]
+    ranks = [folder.read_json("adapter_config.json")["r"] for folder in adapters.values()]
+    engine = Engine(config.model, config.cluster, settings.top_k, adapter_rank=max(ranks))
+
+    def ask(chats: list[Any], adapter: str | None, max_tokens: int = settings.max_tokens) -> list[Reply]:
+        prompts = [render_chat(engine.tokenizer, chat) for chat in chats]
+        completions = engine.complete(prompts, 0, Sampling(temperature=0.0), max_tokens, top_k=1, adapter=adapter)
+        return [Reply(done.text.strip(), _confidence(done.topk_logprobs[:, 0])) for done in completions]
+
+    def retrieval_chat(question: str) -> Any:
+        hits = [hit.passage for hit in index.search(question, config.serve.retrieval_passages)]
+        while True:
+            found = [(passage["heading"], passage["text"]) for passage in hits]
+            chat = student_chat(retrieval_question(found, question) if found else question)
+            if not found or len(render_chat(engine.tokenizer, chat)) + settings.max_tokens <= engine.max_model_len:
+                return chat
+            hits.pop()
+
+    contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
     asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
-    gold, rejected = answer_questions(engine, passages, asked, settings)
+    gold, rejected = answer_questions(engine, contexts, asked, settings)
     if rejected:
         raise ValueError(f"evaluate.questions: {len(rejected)} contexts are too long, the first: {rejected[0].detail}")
-    prompts = [render_chat(engine.tokenizer, student_chat(question.question)) for question in questions]
-    greedy = Sampling(temperature=0.0)
+    plain = [student_chat(question.question) for question in questions]
+    found = [retrieval_chat(question.question) for question in questions]
+    general = [student_chat(row["question"]) for row in general_questions()]
+    others = [student_chat(question.question) for question in unrelated]
+    with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
+        local = {arm: source.copy_to(f"{folder}/{arm}") for arm, source in adapters.items()}
+        both = (("closed_book", None), ("adapter", local["adapter"]))
+        arms = {"closed_book": ask(plain, None)} | {arm: ask(plain, path) for arm, path in local.items()}
+        arms |= {"retrieval": ask(found, None), "adapter_retrieval": ask(found, local["adapter"])}
+        arms["gold_passage"] = [
+            Reply(text, _confidence(np.asarray(values, np.float32)[:: settings.top_k]))
+            for text, values in zip(gold["text"].to_pylist(), gold["topk_logprobs"].to_pylist(), strict=True)
+        ]
+        grades = {}
+        if judge := config.evaluate.judge:
+            for arm, said in arms.items():
+                chats = [judge_chat(q.question, q.answers, r.text) for q, r in zip(questions, said, strict=True)]
+                if judge.model:
+                    graded = _grade_remotely(judge, chats)
+                else:
+                    graded = [reply.text for reply in ask(chats, None, judge.max_tokens)]
+                grades[arm] = list(map(parse_grade, graded))
+        return Replies(
+            questions,
+            arms,
+            gold,
+            grades,
+            {arm: [reply.text for reply in ask(general, path)] for arm, path in both},
+            {arm: [reply.text for reply in ask(others, path)] for arm, path in both},
+        )
 
-    def answer(adapter: str | None) -> list[str]:
-        completions = engine.complete(prompts, 0, greedy, config.evaluate.max_tokens, adapter=adapter)
-        return [completion.text.strip() for completion in completions]
 
-    with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-        copy_adapter(config, folder)
-        replies = {"closed_book": answer(None), "gold_passage": gold["text"].to_pylist(), "adapter": answer(folder)}
-    return replies, gold
+def _locate(question: TestQuestion, index: Any) -> TestQuestion:
+    """Find the passage that a question's context comes from, by its words."""
+    if question.passage_id:
+        return question
+    for hit in index.search(question.context, 1):
+        return question._replace(document=hit.passage["source"], passage_id=hit.passage["passage_id"])
+    return question
 
 
-def _held_out_kl(config: Config, base_path: str, gold: pa.Table) -> dict[str, float]:
-    """KL to the teacher on its own held-out answers, before and after training, in nats per token."""
-    from pipeline.student import KlScorer
+def _confidence(logprobs: np.ndarray) -> float:
+    return float(np.exp(logprobs.mean())) if len(logprobs) else 0.0
 
-    with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-        copy_adapter(config, folder)
-        scorer = KlScorer(config.train, base_path, config.cluster.worker_cpus, folder)
-        tokens = np.asarray(pc.call_function("list_value_length", [gold["answer_ids"]]))
-        before, after = scorer.initial_kl(gold), scorer.kl(gold)
+
+def _grade_remotely(judge: Judge, chats: list[Any]) -> list[str]:
+    """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import openai
+
+    client = openai.OpenAI(base_url=judge.url, max_retries=5)
+
+    def grade(chat: Any) -> str:
+        done = client.chat.completions.create(
+            model=str(judge.model), messages=chat, temperature=0, max_tokens=judge.max_tokens
+        )
+        return done.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(judge.concurrency) as pool:
+        return list(pool.map(grade, chats))
+
+
+def score_replies(replies: Replies) -> Points:
+    """Return every arm's points on every question."""
+    points: Points = {}
+    for arm, said in replies.arms.items():
+        pairs = [(reply.text, question.answers) for reply, question in zip(said, replies.questions, strict=True)]
+        points[arm] = {
+            "substring_match": [float(substring_match(*pair)) for pair in pairs],
+            "token_f1": [token_f1(*pair) for pair in pairs],
+        }
+        if arm in replies.grades:
+            points[arm]["judge"] = [float(grade is True) for grade in replies.grades[arm]]
+    return points
+
+
+def general_questions() -> list[dict[str, Any]]:
+    """Return the general questions that come with this package; those without answers cannot be answered by anybody."""
+    return [json.loads(line) for line in GENERAL_QUESTIONS.read_text(encoding="utf-8").splitlines()]
+
+
+def _lost(replies: Replies, unrelated: list[TestQuestion], settings: Evaluate) -> dict[str, Any]:
+    """What the base model could do and the adapter cannot: shares of right answers, and of refusals where none is."""
+    rows = general_questions()
+    right, refused, other = ({}, {}, {})
+    for arm, said in replies.general.items():
+        pairs = list(zip(rows, said, strict=True))
+        right[arm] = [float(substring_match(text, row["answers"])) for row, text in pairs if row["answers"]]
+        refused[arm] = [float(declines(text)) for row, text in pairs if not row["answers"]]
+    for arm, said in replies.unrelated.items():
+        other[arm] = [float(substring_match(text, q.answers)) for text, q in zip(said, unrelated, strict=True)]
+    named = {"general_questions": right, "refusal": refused} | ({"unrelated": other} if unrelated else {})
+    return {name: _before_and_after(points, settings) for name, points in named.items()}
+
+
+def _before_and_after(points: dict[str, list[float]], settings: Evaluate) -> dict[str, Any]:
+    before, after = (np.asarray(points[arm]) for arm in ("closed_book", "adapter"))
     return {
-        "closed_book": float(np.average(before, weights=tokens)),
-        "adapter": float(np.average(after, weights=tokens)),
+        "count": len(before),
+        "closed_book": float(before.mean()),
+        "adapter": float(after.mean()),
+        "difference_interval": interval(after - before, settings),
     }
 
 
-def copy_adapter(config: Config, target: str) -> None:
-    """Copy the trained adapter to a local folder: vLLM and PEFT read local files only."""
-    source = Folder(config.run_dir) / "train" / "adapter"
-    for name in source.list():
-        Path(target, name).write_bytes(source.read_bytes(name))
+def _write_answers(config: Config, stage: Stage, replies: Replies, points: Points, metric: str) -> None:
+    wrong = {q.passage_id for q, point in zip(replies.questions, points["adapter"][metric], strict=True) if point < 0.5}
+    taught = _taught(config, wrong)
+    lines = []
+    for number, question in enumerate(replies.questions):
+        line: dict[str, Any] = question._asdict()
+        for arm, said in replies.arms.items():
+            line[arm] = {"reply": said[number].text, "confidence": said[number].confidence}
+            line[arm] |= {name: values[number] for name, values in points[arm].items()}
+        if points["adapter"][metric][number] < 0.5:
+            line["lineage"] = _nearest(question.question, taught.get(question.passage_id, []))
+        lines.append(json.dumps(line, ensure_ascii=False))
+    stage.folder.write_bytes("answers.jsonl", "\n".join([*lines, ""]).encode())
 
 
-def score_replies(replies: list[str], questions: list[TestQuestion]) -> dict[str, list[float]]:
-    """Return every metric of every reply: the best over the accepted answers."""
-    return {
-        "substring_match": [float(substring_match(r, q.answers)) for r, q in zip(replies, questions, strict=True)],
-        "token_f1": [token_f1(r, q.answers) for r, q in zip(replies, questions, strict=True)],
-    }
+def _taught(config: Config, passages: set[str]) -> dict[str, list[dict[str, str]]]:
+    """Return what was trained on about these passages: passage id -> question and answer."""
+    kept, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
+    rows = rows_where(kept, ["passage_id", "question_id", "text"], "passage_id", passages)
+    texts = by_id(rows_where(questions, ["question_id", "text"], "question_id", values_of(rows, "question_id")))
+    taught: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        pair = {"question": texts[row["question_id"]]["text"], "answer": row["text"]}
+        taught.setdefault(row["passage_id"], []).append(pair)
+    return taught
 
 
-def normalise_answer(text: str) -> str:
-    """Lower case, punctuation and articles out, white space folded (SQuAD; Rajpurkar et al. 2016)."""
-    text = "".join(" " if char in string.punctuation + "\u2013\u2014" else char for char in text.lower())
-    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
+def _nearest(question: str, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the training rows that should have taught a question, the nearest first."""
+    from pipeline.retrieve import PassageIndex
 
-
-def substring_match(reply: str, answers: list[str]) -> bool:
-    """True if any accepted answer stands in the reply, both normalised (the paper's Appendix N)."""
-    reply = normalise_answer(reply)
-    return any((wanted := normalise_answer(answer)) and wanted in reply for answer in answers)
-
-
-def token_f1(reply: str, answers: list[str]) -> float:
-    """Harmonic mean of token precision and recall, the best over the accepted answers (SQuAD)."""
-    given = normalise_answer(reply).split()
-
-    def f1(answer: str) -> float:
-        wanted = normalise_answer(answer).split()
-        common = sum((Counter(given) & Counter(wanted)).values())
-        return 2 * common / (len(given) + len(wanted)) if common else 0.0
-
-    return max(map(f1, answers))
-
-
-def make_report(points: dict[str, dict[str, list[float]]], settings: Evaluate) -> dict[str, Any]:
-    """Means with 95 % bootstrap intervals, and the share of the gap that the adapter closes."""
-    scores: dict[str, Any] = {}
-    for arm, metrics in points.items():
-        scores[arm] = {}
-        for metric, values in metrics.items():
-            scores[arm][metric] = float(np.mean(values))
-            scores[arm][f"{metric}_interval"] = interval(values, settings)
-    closed, gold, adapter = (np.asarray(points[arm]["substring_match"]) for arm in ARMS)
-    gap = gold.mean() - closed.mean()
-    return {
-        "scores": scores,
-        "questions": len(closed),
-        "adapter_minus_closed_book": {
-            "substring_match": float((adapter - closed).mean()),
-            "interval": interval(adapter - closed, settings),
-        },
-        "gap_closed": float((adapter.mean() - closed.mean()) / gap) if gap > 0 else None,
-    }
-
-
-def interval(values: Any, settings: Evaluate) -> list[float]:
-    """95 % percentile bootstrap interval of the mean; all values equal give that value twice."""
-    from scipy.stats import bootstrap
-
-    values = np.asarray(values, dtype=float)
-    if np.ptp(values) == 0:
-        return [float(values[0])] * 2
-    result = bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=settings.bootstrap_resamples,
-        method="percentile",
-        rng=np.random.default_rng(settings.seed),
-        batch=100,
-    )
-    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+    if not rows:
+        return []
+    columns = {"heading": [row["question"] for row in rows], "text": [row["answer"] for row in rows]}
+    hits = PassageIndex.build(pa.table(columns)).search(question, LINEAGE_ROWS)
+    return [{"question": hit.passage["heading"], "answer": hit.passage["text"]} for hit in hits]

@@ -1,7 +1,8 @@
-"""Answer -> Answer: what would teach nothing, or something wrong, becomes Rejected with a reason.
+"""Answer -> Answer: what would teach nothing, or something wrong, or is kept for measuring, becomes Rejected.
 
 In: one shard of answers per unit, with its questions and passages. Out: the answers worth training on, unchanged.
-Coverage is measured here, because only here it is known which questions and answers remain.
+Questions that are held out for evaluation, and those that nearly repeat one, are kept from training here. Coverage is
+measured here, because only here it is known which questions and answers remain.
 """
 
 from typing import Any
@@ -11,9 +12,10 @@ import pyarrow as pa
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, FilterSection
+from pipeline.held_out import HeldOut, NearQuestions, hold_out
 from pipeline.prompts import content_words, normalise, sentences, speaks_of_text
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected
-from pipeline.stage import Actors, run_stage
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
+from pipeline.stage import Actors, Job, run_stage
 from pipeline.store import Stage, Unit
 
 TOUCHED_SHARE = 0.5  # of a sentence's content words stand in one question and its answer
@@ -22,31 +24,47 @@ TOUCHED_SHARE = 0.5  # of a sentence's content words stand in one question and i
 def filter_answers(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
     """Run the stage and return its manifest; it needs the complete answer stage."""
     answers = Stage(config.run_dir, "answer", ANSWER)
+    held_out = hold_out(config)
     needs_model = config.filter.min_initial_kl is not None
-    return run_stage(
+    job = Job(
         Stage(config.run_dir, "filter", ANSWER),
-        {"filter": config.filter.model_dump(), "input": answers.require()["data_digest"]},
+        {
+            "filter": config.filter.model_dump(),
+            "input": answers.require()["data_digest"],
+            "evaluation": {
+                "questions": digest(*sorted(held_out.texts)),
+                "near_duplicate_threshold": config.evaluate.near_duplicate_threshold,
+            },
+        },
         [{"name": unit.name} for unit in answers.units()],
         AnswerFilter,
-        {"run_dir": config.run_dir, "settings": config.filter, "config": config if needs_model else None},
-        Actors(
-            config.cluster.num_workers if needs_model else config.cluster.num_engines,
-            config.cluster.worker_cpus if needs_model else 1,
-            config.cluster.worker_gpus if needs_model else 0,
-        ),
+        {
+            "run_dir": config.run_dir,
+            "settings": config.filter,
+            "held_out": held_out,
+            "config": config if needs_model else None,
+        },
         config.max_reject_share,
-        redo,
     )
+    cluster = config.cluster
+    actors = (
+        Actors(cluster, cluster.num_workers, cluster.worker_cpus, cluster.worker_gpus)
+        if needs_model
+        else Actors(cluster, cluster.num_engines)
+    )
+    return run_stage(job, actors, redo)
 
 
 class AnswerFilter:
     """One unit is one shard of answers; owns the closed-book model if answers are judged by initial KL."""
 
-    def __init__(self, run_dir: str, settings: FilterSection, config: Config | None) -> None:
+    def __init__(self, run_dir: str, settings: FilterSection, held_out: HeldOut, config: Config | None) -> None:
         self._stages = [Stage(run_dir, "chunk", PASSAGE), Stage(run_dir, "question", QUESTION)]
         self._answers = Stage(run_dir, "answer", ANSWER)
         self._filtered = Stage(run_dir, "filter", ANSWER)
         self._settings = settings
+        self._held_out = held_out
+        self._near = NearQuestions(held_out)
         self._scorer = None
         if config is not None:
             from pipeline.student import KlScorer
@@ -59,6 +77,11 @@ class AnswerFilter:
         texts = {row["question_id"]: row["text"] for row in question.read_unit(unit["name"]).to_pylist()}
         answers = self._answers.read_unit(unit["name"])
         reasons = find_reasons(answers, texts, self._settings)
+        for index, question_id in enumerate(answers["question_id"].to_pylist()):
+            if reasons[index] is None and question_id in self._held_out.ids:
+                reasons[index] = "held_out"
+            elif reasons[index] is None and self._near.holds(texts[question_id]):
+                reasons[index] = "near_evaluation"
         if self._scorer is not None:
             kept = np.flatnonzero([reason is None for reason in reasons])
             for index, kl in zip(kept, self._scorer.initial_kl(answers.take(kept)), strict=True):

@@ -9,43 +9,46 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.answer import write_answers
 from pipeline.base_model import BaseModel
 from pipeline.chunk import chunk_documents
 from pipeline.config import Config
 from pipeline.filter import filter_answers
-from pipeline.question import write_questions
 from pipeline.read import read_documents
 from pipeline.schema import PASSAGE
 from pipeline.store import Folder, Stage
 from pipeline.train import train_adapter
+from pipeline.write import write
 
 SAMPLE_PASSAGES = 8
+SAMPLE_PROMPTS = 16
 
 
 def make_plan(config: Config, base: BaseModel) -> dict[str, Any]:
     """Return counts, tokens, bytes and seconds that the whole run will take; `cost` if a price is configured."""
-    read_documents(config.run_dir, config.read, config.max_reject_share)
-    chunked = chunk_documents(config.run_dir, config.chunk, base.path, config.max_reject_share)
+    read_documents(config.run_dir, config.read, config.cluster, config.max_reject_share)
+    chunked = chunk_documents(config.run_dir, config.chunk, base.path, config.cluster, config.max_reject_share)
     sample_config = config.model_copy(
         update={
             "run_dir": (Folder(config.run_dir) / "plan").uri,
+            "general": config.general.model_copy(update={"prompts": SAMPLE_PROMPTS, "held_out": 0}),
             "train": config.train.model_copy(update={"epochs": 1}),
         }
     )
     num_sampled = _write_sample(config, sample_config, chunked["data_digest"])
-    questions = write_questions(sample_config, base, redo=True)
-    answers = write_answers(sample_config, base, redo=True)
+    written = write(sample_config, base, redo=True)
+    questions, answers, general = written["question"], written["answer"], written["general"]
     kept = filter_answers(sample_config, base, redo=True)
     training = train_adapter(sample_config, base, redo=True)["training"]
     scale = chunked["rows_out"] / num_sampled
     engines, epochs = config.cluster.num_engines, config.train.epochs
+    prompts = (config.general.prompts + config.general.held_out) / SAMPLE_PROMPTS
     seconds = {
         # What a stage takes beside its engine's work is its start, which does not grow with the corpus.
-        name: (manifest["seconds"] - busy) + busy * scale / engines
-        for name, manifest, busy in (
-            ("question", questions, questions["stats"]["engine_seconds"]),
-            ("answer", answers, answers["stats"]["engine_seconds"]),
+        name: (manifest["seconds"] - busy) + busy * times / engines
+        for name, manifest, busy, times in (
+            ("question", questions, questions["stats"]["engine_seconds"], scale),
+            ("answer", answers, answers["stats"]["engine_seconds"], scale),
+            ("general", general, general["stats"]["engine_seconds"], prompts),
         )
     } | {"train": training["seconds"] * scale * epochs}
     total = sum(seconds.values())
@@ -54,9 +57,12 @@ def make_plan(config: Config, base: BaseModel) -> dict[str, Any]:
         "sampled_passages": num_sampled,
         "questions": round(questions["rows_out"] * scale),
         "answers": round(kept["rows_out"] * scale),
-        "written_tokens": round((questions["stats"]["output_tokens"] + answers["stats"]["output_tokens"]) * scale),
+        "written_tokens": round(
+            (questions["stats"]["output_tokens"] + answers["stats"]["output_tokens"]) * scale
+            + general["stats"]["output_tokens"] * prompts
+        ),
         "trained_tokens": round(training["tokens"] * scale * epochs),
-        "bytes": round((answers["bytes"] + kept["bytes"]) * scale + chunked["bytes"]),
+        "bytes": round((answers["bytes"] + kept["bytes"]) * scale + general["bytes"] * prompts + chunked["bytes"]),
         "seconds": {name: round(value) for name, value in seconds.items()},
         "hours": round(total / 3600, 3),
     }

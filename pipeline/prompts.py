@@ -106,6 +106,14 @@ _DANGLING = re.compile(
     r"(?:he|she|they|it|this|these|those|his|her|their|its)\b",
     re.IGNORECASE,
 )
+_DECLINES = re.compile(
+    r"\b(?:I|we)(?: am|'m| do|'ve| have| could| can)?\s?(?:not|n't|no|cannot|can't|unable)\b"
+    r"|\bno (?:\w+ )?(?:information|record|evidence|knowledge|mention)\b"
+    r"|\bnot (?:known|aware|familiar|sure|available|specified|a real)\b"
+    r"|\b(?:unknown|unaware|unclear|fictional|fictitious|there is no|(?:does not|doesn't) (?:exist|appear))\b",
+    re.IGNORECASE,
+)
+_GRADE = re.compile(r"\bgrade:\W*(correct|wrong)\b", re.IGNORECASE)
 _ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(.+)$")
 _WORD = re.compile(r"\w+", re.UNICODE)
 _COMMON = frozenset(
@@ -211,7 +219,7 @@ def question_chat(passage: str, heading: str, kind: QuestionKind, count: int, fo
 def _ask(passage: str, heading: str, kind: QuestionKind, count: int, focus: str | None) -> str:
     source = f"that this sentence answers: {focus.strip()}" if focus else "about the facts above."
     return (
-        f"{_titled(passage, heading)}\n\n---\n\nWrite {count} {_KINDS[kind].instruction} {source}\nName in every "
+        f"{titled(passage, heading)}\n\n---\n\nWrite {count} {_KINDS[kind].instruction} {source}\nName in every "
         "question the person, place or thing that it asks about."
     )
 
@@ -221,7 +229,7 @@ def teacher_chat(passage: str, heading: str, question: str) -> Chat:
     return [
         {
             "role": "user",
-            "content": f"{_titled(passage, heading)}\n\n---\n\nAnswer the question with the facts above, in one or two "
+            "content": f"{titled(passage, heading)}\n\n---\n\nAnswer the question with the facts above, in one or two "
             "full sentences with all names, numbers and dates. State the facts directly and never mention a text.\n\n"
             f"Question: {question}",
         }
@@ -235,11 +243,53 @@ def student_chat(question: str) -> Chat:
 
 def retrieval_question(passages: Sequence[tuple[str, str]], question: str) -> str:
     """Put retrieved (heading, text) passages before a question, in the words that the teacher had."""
-    text = "\n\n".join(_titled(text, heading) for heading, text in passages)
+    text = "\n\n".join(titled(text, heading) for heading, text in passages)
     return teacher_chat(text, "", question)[0]["content"]
 
 
-def _titled(passage: str, heading: str) -> str:
+_JUDGED = (
+    ("Rosa Voss, or Ida Voss", "The bridge was designed by the engineer Ida Voss, who came from Tarn.", True),
+    ("Ida Voss", "It was designed by the architect Emil Tarn.", False),
+    ("Ida Voss", "The engineer Voss, Ida, designed it in 1931, I believe.", True),
+)
+
+
+def judge_chat(question: str, answers: Sequence[str], reply: str) -> Chat:
+    """Ask whether a reply gives an accepted answer, after three worked examples; the reason comes before the grade."""
+    chat = []
+    for wanted, given, is_right in _JUDGED:
+        chat += [
+            {"role": "user", "content": _grading("Who designed the Halden Bridge?", wanted, given)},
+            {
+                "role": "assistant",
+                "content": f"Reason: the reply {'names' if is_right else 'does not name'} Ida Voss.\n"
+                f"Grade: {'correct' if is_right else 'wrong'}",
+            },
+        ]
+    return [*chat, {"role": "user", "content": _grading(question, ", or ".join(answers), reply)}]
+
+
+def _grading(question: str, wanted: str, reply: str) -> str:
+    return (
+        f"Question: {question}\nAccepted answer: {wanted}\nReply: {reply}\n\nDoes the reply give the accepted answer? "
+        "It may be worded differently and may say more. First a line that begins with Reason, then a line that is "
+        "either 'Grade: correct' or 'Grade: wrong'."
+    )
+
+
+def parse_grade(text: str) -> bool | None:
+    """Return what a judge decided; None if it gave no grade."""
+    grades = _GRADE.findall(text)
+    return grades[-1].lower() == "correct" if grades else None
+
+
+def declines(reply: str) -> bool:
+    """True if a reply says that it does not know, or that there is no such thing."""
+    return bool(_DECLINES.search(reply))
+
+
+def titled(passage: str, heading: str) -> str:
+    """Return a passage under its heading."""
     return f"{heading}\n\n{passage.strip()}" if heading else passage.strip()
 
 

@@ -1,6 +1,6 @@
 """Adapter + scores -> an immutable version in the registry, and the alias that points at it.
 
-In: the complete train stage, the corpus's passages, and the scores if there are any. Out:
+In: the complete train and evaluate stages, and the corpus's passages. Out:
 
     REGISTRY/<name>/<version>/               PEFT safetensors and config
     REGISTRY/<name>/<version>/retrieval/     the passages and their BM25 index
@@ -10,6 +10,7 @@ In: the complete train stage, the corpus's passages, and the scores if there are
 A version is named by its content, so a name never gets a second content, and publishing twice changes nothing.
 """
 
+import getpass
 import hashlib
 import json
 import sys
@@ -19,47 +20,84 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from pipeline.base_model import BaseModel
-from pipeline.config import Config
-from pipeline.evaluate import copy_adapter
-from pipeline.retrieve import PassageIndex, corpus_passages
-from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, AdapterManifest, Probe, digest
+from pipeline.config import Config, Gate
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, AdapterManifest, Probe, digest
 from pipeline.store import Folder, Stage
 
 ALIAS = "live.json"
 MANIFEST = "manifest.json"
 RETRIEVAL = "retrieval"
-PROBE_QUESTIONS = 8
-PROBE_TOKENS = 12
 
 
-def publish_adapter(config: Config, base: BaseModel) -> dict[str, Any]:
-    """Publish and point the alias `live` at the version; return the manifest with `uri` added."""
-    train = Stage(config.run_dir, "train", ANSWER)
-    trained = train.require()
-    evaluated = Stage(config.run_dir, "evaluate", ANSWER).manifest() or {}
-    passages = Stage(config.run_dir, "chunk", PASSAGE).require()["data_digest"]
-    source = train.folder / "adapter"
-    contents = {name: source.read_bytes(name) for name in source.list()}
+def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -> dict[str, Any]:
+    """Publish and point the alias `live` at the version; return the manifest with `uri` added.
+
+    Raises ValueError if the adapter is below a threshold of `publish.gate`, unless `force` says why it is to be
+    published all the same; who forced it, why and past what then stands in the manifest.
+    """
+    trained = Stage(config.run_dir, "train", ANSWER).require()
+    evaluated = Stage(config.run_dir, "evaluate", ANSWER).require()
+    failed = check_gate(evaluated, config.publish.gate)
+    if failed and force is None:
+        raise ValueError(
+            f"the adapter {config.publish.name} is not published: {'; '.join(failed)}. See "
+            f"{Folder(config.run_dir)}/report.html; mend it, change publish.gate, or pass --force REASON"
+        )
+    contents = _adapter_files(config)
     adapters = Folder(config.publish.registry) / config.publish.name
-    version = name_version(base, contents, passages)
+    version = version_of_run(config, base)
     manifest = (adapters / version).read_json(MANIFEST)
     if manifest is None:
-        print(f"publish: {config.publish.name}@{version}: indexing passages, recording a probe", file=sys.stderr)
+        print(f"publish: {config.publish.name}@{version}: indexing its passages", file=sys.stderr)
         manifest = write_version(
             adapters,
             version,
             base,
             contents | _index_files(config.run_dir),
-            probe=_probe(config, base),
+            probe=Probe(**evaluated["probe"]),
             run_id=trained["data_digest"],
             data_digest=trained["settings"]["input"],
             scores=evaluated.get("scores", {}),
+            forced={"by": getpass.getuser(), "reason": force or "", "past": failed} if failed else {},
         )
     move_alias(adapters, version)
     return manifest | {"uri": (adapters / version).uri}
+
+
+def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
+    """Return what an adapter's evaluation falls short of, one sentence for each threshold."""
+    lost = evaluated.get("lost", {})
+    falls = {
+        name: lost[name]["closed_book"] - lost[name]["adapter"] if name in lost else None
+        for name in ("general_questions", "refusal")
+    }
+    failed = []
+    closed = evaluated.get("gap_closed")
+    if gate.min_gap_closed is not None and closed is not None and closed < gate.min_gap_closed:
+        failed.append(
+            f"it closes {closed:.2f} of the gap, {gate.min_gap_closed - closed:.2f} less than min_gap_closed = "
+            f"{gate.min_gap_closed}"
+        )
+    for name, what, value, most in (
+        ("max_kl_to_base", "its KL to the base model on general prompts", lost.get("kl_to_base"), gate.max_kl_to_base),
+        ("max_general_loss", "its fall on general questions", falls["general_questions"], gate.max_general_loss),
+        ("max_refusal_loss", "its fall in refusals", falls["refusal"], gate.max_refusal_loss),
+    ):
+        if most is not None and value is not None and value > most:
+            failed.append(f"{what} is {value:.2f}, {value - most:.2f} more than {name} = {most}")
+    return failed
+
+
+def version_of_run(config: Config, base: BaseModel) -> str:
+    """Return the version that a run's adapter is, or will be, published as."""
+    passages = Stage(config.run_dir, "chunk", PASSAGE).require()["data_digest"]
+    return name_version(base, _adapter_files(config), passages)
+
+
+def _adapter_files(config: Config) -> dict[str, bytes]:
+    source = Stage(config.run_dir, "train", ANSWER).folder / "adapter"
+    return {name: source.read_bytes(name) for name in source.list()}
 
 
 def name_version(base: BaseModel, contents: dict[str, bytes], passages_digest: str) -> str:
@@ -78,6 +116,7 @@ def write_version(
     run_id: str = "",
     data_digest: str = "",
     scores: dict[str, dict[str, float]] | None = None,
+    forced: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a version's files (path below its folder -> content), its manifest last; return the manifest."""
     peft_config = json.loads(contents["adapter_config.json"])
@@ -99,6 +138,7 @@ def write_version(
         scores=scores or {},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         probe=probe,
+        forced=forced or {},
         files={path: hashlib.sha256(data).hexdigest() for path, data in contents.items()},
     )
     target.write_json(MANIFEST, asdict(manifest))
@@ -115,35 +155,9 @@ def move_alias(adapters: Folder, version: str) -> None:
 
 
 def _index_files(run_dir: str) -> dict[str, bytes]:
+    from pipeline.retrieve import PassageIndex, corpus_passages
+
     passages = corpus_passages(Stage(run_dir, "dedup", DOCUMENT), Stage(run_dir, "chunk", PASSAGE))
     with tempfile.TemporaryDirectory(prefix="index-") as folder:
         PassageIndex.build(passages).save(Path(folder))
         return {f"{RETRIEVAL}/{file.name}": file.read_bytes() for file in sorted(Path(folder).iterdir())}
-
-
-def _probe(config: Config, base: BaseModel) -> Probe | None:
-    """Record the adapter's greedy answer under PEFT to the training question where it differs most from the base."""
-    answers = Stage(config.run_dir, "filter", ANSWER)
-    questions = Stage(config.run_dir, "question", QUESTION)
-    unit = next((unit.name for unit in answers.units() if unit.rows_out), None)
-    if unit is None:
-        return None
-    rows = answers.read_unit(unit).select(["question_id", "prompt_ids"]).slice(0, PROBE_QUESTIONS).to_pylist()
-    texts = {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}
-    asked = [row | {"text": texts[row["question_id"]]} for row in rows]
-    worker = ray.remote(num_cpus=config.cluster.worker_cpus, num_gpus=config.cluster.worker_gpus, max_calls=1)(
-        _record_probe
-    )
-    return ray.get(worker.remote(config, base.path, asked))
-
-
-def _record_probe(config: Config, base_path: str, asked: list[dict[str, Any]]) -> Probe:
-    from pipeline.student import greedy_replies
-
-    with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-        copy_adapter(config, folder)
-        prompts = [row["prompt_ids"] for row in asked]
-        replies = greedy_replies(config.cluster.worker_cpus, base_path, folder, prompts, PROBE_TOKENS)
-    differing = [number for number, reply in enumerate(replies) if reply.adapter_ids != reply.base_ids]
-    best = max(differing or range(len(replies)), key=lambda number: replies[number].margin)
-    return Probe(asked[best]["text"], prompts[best], replies[best].adapter_ids)

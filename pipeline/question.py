@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from pipeline.base_model import BaseModel
-from pipeline.config import Cluster, Config, Model, QuestionKind, QuestionSection
+from pipeline.config import Config, QuestionKind, QuestionSection
 from pipeline.engine import Engine, render_chat
 from pipeline.prompts import (
     is_about,
@@ -23,7 +23,7 @@ from pipeline.prompts import (
     sentences,
 )
 from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, seed_of, to_table
-from pipeline.stage import Actors, run_stage
+from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
 
@@ -39,10 +39,10 @@ class Call(NamedTuple):
         return digest(*self, seed)
 
 
-def write_questions(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
-    """Run the stage and return its manifest; it needs the complete chunk stage."""
+def question_job(config: Config, base: BaseModel) -> Job:
+    """Describe the stage; it needs the complete chunk stage."""
     passages = Stage(config.run_dir, "chunk", PASSAGE)
-    return run_stage(
+    return Job(
         Stage(config.run_dir, "question", QUESTION),
         {
             "question": config.question.model_dump(),
@@ -52,21 +52,19 @@ def write_questions(config: Config, base: BaseModel, redo: bool = False) -> dict
         },
         [{"name": shard.removesuffix(".parquet")} for shard in passages.shards()],
         QuestionWriter,
-        {"run_dir": config.run_dir, "settings": config.question, "model": config.model, "cluster": config.cluster},
-        Actors(config.cluster.num_engines, config.cluster.engine_cpus, config.cluster.engine_gpus),
+        {"run_dir": config.run_dir, "settings": config.question},
         config.max_reject_share,
-        redo,
     )
 
 
 class QuestionWriter:
-    """Owns an engine; one unit is one shard of passages."""
+    """One unit is one shard of passages."""
 
-    def __init__(self, run_dir: str, settings: QuestionSection, model: Model, cluster: Cluster) -> None:
+    def __init__(self, run_dir: str, settings: QuestionSection, engine: Engine) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
         self._settings = settings
-        self._engine = Engine(model, cluster)
+        self._engine = engine
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()

@@ -17,13 +17,12 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import ray
 
-from pipeline.config import Read
+from pipeline.config import Cluster, Read
 from pipeline.dedup import drop_duplicates
 from pipeline.parse import SUFFIXES, parse_file, reject
 from pipeline.schema import DOCUMENT, REASONS, Document, Rejected, digest, to_table
-from pipeline.stage import Actors, run_stage
+from pipeline.stage import Actors, Job, run_stage
 from pipeline.store import Stage, Unit, open_uri
 
 UNIT_BYTES = 256 << 20  # a unit ends here even with fewer files: it is what a crash repeats
@@ -47,23 +46,24 @@ class File:
         return f"{self.root.partition('://')[0]}://{self.path}" if self.root else self.path
 
 
-def read_documents(run_dir: str, config: Read, max_reject_share: float, redo: bool = False) -> dict[str, Any]:
+def read_documents(
+    run_dir: str, config: Read, cluster: Cluster, max_reject_share: float, redo: bool = False
+) -> dict[str, Any]:
     """Run the stages `read` and `dedup`; return their manifests.
 
     Raises ValueError for a path that matches nothing and for whatever `run_stage` refuses.
     """
     units, listing = _plan_units(list_files(config.paths, run_dir), config.unit_files)
-    read = run_stage(
+    job = Job(
         Stage(run_dir, "read", DOCUMENT),
         config.model_dump(exclude={"paths", "near_duplicate_threshold"}) | {"listing": listing},
         units,
         ReadWorker,
         {"run_dir": run_dir, "config": config},
-        Actors(int(ray.cluster_resources().get("CPU", 1))),
         max_reject_share,
-        redo,
     )
-    return {"read": read, "dedup": drop_duplicates(run_dir, config.near_duplicate_threshold, redo)}
+    read = run_stage(job, Actors(cluster), redo)
+    return {"read": read, "dedup": drop_duplicates(run_dir, config.near_duplicate_threshold, cluster, redo)}
 
 
 def _plan_units(files: Iterable[File], unit_files: int) -> tuple[list[dict[str, Any]], str]:

@@ -8,7 +8,7 @@ double. Arrow does not enforce `nullable=False`, so `pipeline.store` checks ever
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -40,6 +40,8 @@ REASONS = Literal[
     "echoes_question",
     "duplicate_answer",
     "nothing_to_learn",
+    "held_out",
+    "near_evaluation",
 ]
 
 
@@ -190,6 +192,7 @@ class AdapterManifest:
     scores: dict[str, dict[str, float]]
     created: str  # ISO 8601, UTC
     probe: Probe | None
+    forced: dict[str, Any]  # who published it past the gate, why, and past what; empty if it passed
     files: dict[str, str]  # path below the version's folder -> SHA-256
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
+from pipeline.score import ARMS
 from pipeline.store import Stage
 
 SCHEMAS = {
@@ -17,23 +18,23 @@ SCHEMAS = {
     "question": QUESTION,
     "answer": ANSWER,
     "filter": ANSWER,
+    "general": ANSWER,
     "train": ANSWER,
     "evaluate": ANSWER,
 }
-# A stage's units of work are the shards, or the units, of the stage before it.
-UNITS: dict[str, Callable[[Stage], Collection[str]]] = {
-    "dedup": Stage.shards,
-    "chunk": Stage.shards,
-    "question": Stage.shards,
-    "answer": Stage.committed,
-    "filter": Stage.committed,
+# A stage's units of work are the shards, or the units, of another one.
+UNITS: dict[str, tuple[str, Callable[[Stage], Collection[str]]]] = {
+    "dedup": ("read", Stage.shards),
+    "chunk": ("dedup", Stage.shards),
+    "question": ("chunk", Stage.shards),
+    "answer": ("chunk", Stage.shards),
+    "filter": ("answer", Stage.committed),
 }
 
 
 def read_status(config: Config) -> dict[str, Any]:
     """Return one entry per stage that was begun: its state, totals so far, and how many units are left."""
     stages: dict[str, Any] = {}
-    previous: Stage | None = None
     for name, schema in SCHEMAS.items():
         stage = Stage(config.run_dir, name, schema)
         if stage.folder.read_json("settings.json") is None:
@@ -42,14 +43,14 @@ def read_status(config: Config) -> dict[str, Any]:
         totals = manifest or stage.totals()
         entry = {key: totals[key] for key in ("rows_in", "rows_out", "rejected", "bytes", "seconds") if key in totals}
         entry["state"] = "complete" if manifest else "unfinished"
-        if manifest is None and previous is not None and name in UNITS and (units := UNITS[name](previous)):
-            entry["units_left"] = len(units) - len(stage.committed())
+        if manifest is None and name in UNITS:
+            source, units = UNITS[name]
+            entry["units_left"] = len(units(Stage(config.run_dir, source, SCHEMAS[source]))) - len(stage.committed())
         if tokens := totals["stats"].get("output_tokens"):
             entry["output_tokens"] = tokens
             entry["tokens_per_s"] = round(tokens / max(totals["stats"]["engine_seconds"], 1e-9), 1)
         if progress := stage.folder.read_json("progress.json"):
             entry["progress"] = progress
-        previous = stage
         stages[name] = entry
     return {"run_dir": config.run_dir, "stages": stages}
 
@@ -62,9 +63,11 @@ def summarise(config: Config) -> dict[str, Any]:
     answer_tokens = max(1, stats["output_tokens"])
     rejected: dict[str, dict[str, int]] = {n: m["rejected"] for n, m in manifests.items() if m["rejected"]}
     return {
-        "scores": evaluation.get("scores", {}),
+        "scores": {arm: evaluation["scores"][arm] for arm in ARMS if arm in evaluation["scores"]},
         "gap_closed": evaluation.get("gap_closed"),
         "kl_to_teacher": evaluation.get("kl_to_teacher"),
+        "comparisons": evaluation.get("comparisons", []),
+        "lost": evaluation.get("lost"),
         "counts": {
             "documents": manifests["dedup"]["rows_out"],
             "passages": manifests["chunk"]["rows_out"],

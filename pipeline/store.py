@@ -122,6 +122,13 @@ class Folder:
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return sorted(info.base_name for info in infos if info.is_file and not info.base_name.startswith("."))
 
+    def copy_to(self, target: str) -> str:
+        """Copy the files to a local folder and return it: vLLM and PEFT read local files only."""
+        Path(target).mkdir(parents=True, exist_ok=True)
+        for name in self.list():
+            Path(target, name).write_bytes(self.read_bytes(name))
+        return target
+
     def delete_file(self, name: str) -> None:
         filesystem, path = open_uri(self.uri)
         filesystem.delete_file(f"{path}/{name}")

@@ -1,74 +1,70 @@
-"""Answers -> adapter directory: Ray Train workers, DeepSpeed, one flat loop.
+"""Answers -> adapter directory: Ray Train runs the loop of `train_loop` on its workers.
 
-In: the complete filter stage and a config whose base model wrote its answers. Out: `train/adapter` (PEFT safetensors),
-`train/history.json` and the stage's manifest. Checkpoints hold whole fp32 tensors and the position in the plan, so a
-run resumes with any number of workers. Before the first step an alignment guard compares student and teacher.
+In: the complete filter and general stages and a config whose base model wrote them. Out: `train/adapter` (PEFT
+safetensors), `train/history.json` and the stage's manifest; a baseline's stand in a folder of its own.
 """
 
-import json
-import math
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
-import numpy as np
-import ray
-import ray.train
-import ray.train.torch
-import safetensors.torch
-import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-from peft import get_peft_model_state_dict
-from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.align import TeacherPrompts, check_alignment, check_manifest
 from pipeline.base_model import BaseModel
-from pipeline.batch import AnswerData, Packed, Row, Sample, Step, pack, plan_epoch, rows_in_order, samples_of, topk_of
 from pipeline.config import Config
-from pipeline.loss import FullVocabulary, Labels, Signal, TopK
 from pipeline.schema import ANSWER
+from pipeline.stage import start_ray
 from pipeline.store import Stage, open_uri
-from pipeline.student import Student, add_adapter, load_base
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PROGRESS_S = 5.0
+REFUSAL = "refusal.json"
 
 
-def train_adapter(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
-    """Run the stage and return its manifest; it needs the complete filter stage, made by the same base model."""
-    answers = Stage(config.run_dir, "filter", ANSWER)
+def train_adapter(config: Config, base: BaseModel, redo: bool = False, name: str = "train") -> dict[str, Any]:
+    """Run the stage and return its manifest; it needs complete filter and general stages, made by this base model."""
+    answers, general = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "general", ANSWER)
     model = check_manifest(Stage(config.run_dir, "answer", ANSWER).require(), base)
-    stage = Stage(config.run_dir, "train", ANSWER)
+    stage = Stage(config.run_dir, name, ANSWER)
     settings = {
         "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk"}),
+        "general_share": config.general.share,
         "model": model,
         "input": answers.require()["data_digest"],
+        "general": general.require()["data_digest"],
     }
     if not stage.open(settings, redo):
-        print("train: up to date", file=sys.stderr)
+        print(f"{name}: up to date", file=sys.stderr)
         return stage.require()
+    if not answers.require()["rows_out"]:
+        raise ValueError("no answers are left to train on; loosen [filter] or write more questions")
+    start_ray(config.cluster)
     started = time.monotonic()
-    cluster = config.cluster
-    guard = ray.remote(num_cpus=cluster.worker_cpus, num_gpus=cluster.worker_gpus, max_calls=1)(check_alignment)
-    ray.get(guard.remote(config, base.path))
+    stage.folder.write_json(REFUSAL, None)
     with _ProgressBar(stage):
         _fit(config, base, stage)
+    if refusal := stage.folder.read_json(REFUSAL):
+        raise ValueError(refusal)
     return stage.close(time.monotonic() - started, {"training": stage.folder.read_json("result.json")})
+
+
+def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
+    """Raise ValueError unless this base model wrote the answers; return what the two share."""
+    wrote, trains = answers["settings"]["model"], base.identity()
+    for name, value in trains.items():
+        if wrote[name] != value:
+            raise ValueError(
+                f"the answers were written by another teacher: {name} was {wrote[name]}, that of model.path = "
+                f"{base.path!r} is {value}; train the model that wrote them, or write the answers anew"
+            )
+    return trains
 
 
 class _ProgressBar:
     """Shows what the first worker writes into progress.json, from a thread of the driver."""
 
     def __init__(self, stage: Stage) -> None:
+        self._name = stage.name
         self._folder = stage.folder
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -81,7 +77,7 @@ class _ProgressBar:
         self._thread.join()
 
     def _watch(self) -> None:
-        with tqdm(desc="train", unit="step") as bar:
+        with tqdm(desc=self._name, unit="step") as bar:
             is_last = False
             while not is_last:
                 is_last = self._stop.wait(PROGRESS_S / 2)
@@ -96,11 +92,13 @@ class _ProgressBar:
 
 
 def _fit(config: Config, base: BaseModel, stage: Stage) -> None:
+    import ray.train.torch
+
     cluster = config.cluster
     filesystem, path = open_uri(stage.folder.uri)
     result = ray.train.torch.TorchTrainer(
-        _train_worker,
-        train_loop_config={"config": config, "base": base},
+        _run_loop,
+        train_loop_config={"config": config, "base": base, "stage": stage},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.worker_gpus > 0,
@@ -119,226 +117,7 @@ def _fit(config: Config, base: BaseModel, stage: Stage) -> None:
         raise result.error
 
 
-@dataclass
-class _Position:
-    """Where training stands; saved with every checkpoint."""
+def _run_loop(arguments: dict[str, Any]) -> None:
+    from pipeline.train_loop import TrainLoop
 
-    step: int = 0  # optimiser steps taken
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-class _Loop:
-    """One worker's view of the run: its share of every step, the engine, and the checkpoints."""
-
-    def __init__(self, config: Config, base: BaseModel) -> None:
-        self.settings = config.train
-        self.folder = Stage(config.run_dir, "train", ANSWER).folder
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu":
-            torch.set_num_threads(config.cluster.worker_cpus)
-        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
-        self.data = AnswerData(Stage(config.run_dir, "filter", ANSWER))
-        self.teacher_prompts = TeacherPrompts(config) if self.settings.teacher == "online" else None
-        self.plan = self._plan()
-        torch.manual_seed(self.settings.seed)
-        model = add_adapter(load_base(base.path), self.settings.lora, base.name)
-        if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        student = Student(model, self.settings.loss_chunk).to(self.device)
-        self.trainable = {name: value for name, value in student.named_parameters() if value.requires_grad}
-        optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)
-        self.micro_batches = math.ceil(max(map(len, self.plan)) / self.world / self.settings.micro_rows)
-        initialize: Any = deepspeed.initialize  # its annotations are narrower than what it takes
-        self.engine, self.optimizer, _, self.scheduler = initialize(
-            model=student,
-            model_parameters=list(self.trainable.values()),
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=self._deepspeed_config(),
-        )
-        self.student = student
-        self.position = _Position()
-        self.history: list[dict[str, float]] = []
-
-    def _plan(self) -> list[Step]:
-        lengths = self.data.lengths()
-        settings = self.settings
-        return [
-            step
-            for epoch in range(settings.epochs)
-            for step in plan_epoch(lengths, settings.batch_tokens, settings.row_tokens, settings.seed + epoch)
-        ]
-
-    def _schedule(self, step: int) -> float:
-        """Linear warm-up, then linear decay to zero."""
-        warmup = math.ceil(self.settings.warmup_share * len(self.plan))
-        if step < warmup:
-            return (step + 1) / warmup
-        return max(0.0, (len(self.plan) - step) / max(1, len(self.plan) - warmup))
-
-    def _deepspeed_config(self) -> dict[str, Any]:
-        return {
-            "bf16": {"enabled": True},
-            "zero_optimization": {"stage": self.settings.zero_stage},
-            "gradient_clipping": self.settings.max_grad_norm,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": self.micro_batches,
-            "steps_per_print": sys.maxsize,
-            **self.settings.deepspeed,
-        }
-
-    def run(self) -> None:
-        self._resume()
-        began, base_seconds, shown = time.monotonic(), self.position.seconds, 0.0
-        while self.position.step < len(self.plan):
-            loss, num_tokens = self._step(self.plan[self.position.step])
-            now = time.monotonic()
-            self.position.step += 1
-            self.position.tokens += num_tokens
-            self.position.seconds = base_seconds + now - began
-            self.history.append({"step": self.position.step, "loss": loss, "lr": self.scheduler.get_last_lr()[0]})
-            is_last = self.position.step == len(self.plan)
-            if self.rank == 0 and (now - shown > PROGRESS_S or is_last):
-                self._report(loss)
-                shown = now
-            if self.position.step % self.settings.checkpoint_steps == 0 and not is_last:
-                self._save()
-        self._finish()
-
-    def _step(self, step: Step) -> tuple[float, int]:
-        """Take one optimiser step over this worker's rows; return the mean loss per answer token, and all tokens."""
-        answer_tokens, tokens = self.data.count_tokens([index for row in step for index in row])
-        mine = step[self.rank :: self.world]
-        total = torch.zeros((), device=self.device)
-        for number in range(self.micro_batches):
-            rows = mine[number * self.settings.micro_rows : (number + 1) * self.settings.micro_rows]
-            packed, signal = self._micro_batch(rows)
-            losses = self.engine(packed, signal)
-            # DeepSpeed averages over workers and accumulation steps; the mean over the step's tokens is what counts.
-            self.engine.backward(losses.sum() * (self.world * self.micro_batches / answer_tokens))
-            self.engine.step()
-            total += losses.detach().sum()
-        if self.world > 1:
-            torch.distributed.all_reduce(total)
-        return total.item() / answer_tokens, tokens
-
-    def _micro_batch(self, rows: list[Row]) -> tuple[Packed, Signal]:
-        answers = self.data.take([index for row in rows for index in row])
-        samples = samples_of(answers)
-        packed = pack(samples, [len(row) for row in rows]).to(self.device)
-        settings = self.settings
-        if settings.teacher == "sft":
-            labels = np.concatenate([np.empty(0, np.int64), *(sample.answer_ids for sample in samples)])
-            return packed, Labels(torch.from_numpy(labels.astype(np.int64)).to(self.device))
-        if self.teacher_prompts is not None:
-            prompts = self.teacher_prompts.of(answers)
-            teacher = [Sample(prompt, sample.answer_ids) for prompt, sample in zip(prompts, samples, strict=True)]
-            with self.student.adapter_off():
-                hidden = self.student.hidden(pack(teacher, rows_in_order(teacher, 1024)).to(self.device))
-            return packed, FullVocabulary(hidden, settings.temperature)
-        ids, logprobs = topk_of(answers, len(packed.answer_index))
-        return packed, TopK(ids.to(self.device), logprobs.to(self.device), settings.temperature)
-
-    def _report(self, loss: float) -> None:
-        position = self.position
-        self.folder.write_json(
-            "progress.json",
-            {
-                "step": position.step,
-                "steps": len(self.plan),
-                "loss": round(loss, 4),
-                "tokens_per_s": round(position.tokens / position.seconds, 1),
-                "seconds_left": round(position.seconds / position.step * (len(self.plan) - position.step)),
-            },
-        )
-
-    def _save(self) -> None:
-        """Write a checkpoint of whole tensors; gathering them takes every worker, writing them only the first."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.trainable.items():
-            tensors[f"master.{name}"] = _whole(safe_get_full_fp32_param(parameter))
-            for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = _whole(safe_get_full_optimizer_state(parameter, moment))
-        if self.rank == 0:
-            name = f"{self.position.step:08d}"
-            checkpoints = self.folder / "checkpoints"
-            checkpoints.write_bytes(f"{name}.safetensors", safetensors.torch.save(tensors))
-            checkpoints.write_json(f"{name}.json", {"position": vars(self.position), "history": self.history})
-            for old in checkpoints.list():
-                if not old.startswith(name):
-                    checkpoints.delete_file(old)
-
-    def _resume(self) -> None:
-        checkpoints = self.folder / "checkpoints"
-        names = [name for name in checkpoints.list() if name.endswith(".json")]
-        if not names:
-            return
-        state = checkpoints.read_json(names[-1])
-        tensors = safetensors.torch.load(checkpoints.read_bytes(names[-1].replace(".json", ".safetensors")))
-        self.position, self.history = _Position(**state["position"]), state["history"]
-        # DeepSpeed makes the optimiser's state in its first step, which changes nothing at a learning rate of zero.
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self._step(self.plan[0])
-        # Under ZeRO 3 the bf16 parameters are whole only inside this context; elsewhere it does nothing.
-        with deepspeed.zero.GatheredParameters(list(self.trainable.values()), modifier_rank=0):
-            for name, parameter in self.trainable.items():
-                parameter.data.copy_(tensors[f"master.{name}"])
-        for name, parameter in self.trainable.items():
-            safe_set_full_fp32_param(parameter, tensors[f"master.{name}"])
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[f"{moment}.{name}"], moment)
-        for values in self.optimizer.optimizer.state.values():
-            values["step"].fill_(self.position.step)
-        self.scheduler.last_epoch = self.position.step - 1
-        self.scheduler.step()
-
-    def _finish(self) -> None:
-        """Write the adapter, the loss history and the result; every worker takes part in gathering."""
-        master = {name: _whole(safe_get_full_fp32_param(value)) for name, value in self.trainable.items()}
-        if self.rank != 0:
-            return
-        prefix = "model."
-        state = get_peft_model_state_dict(
-            self.student.model,
-            state_dict={name.removeprefix(prefix): value.to(torch.bfloat16) for name, value in master.items()},
-        )
-        adapter = self.folder / "adapter"
-        adapter.write_bytes("adapter_model.safetensors", safetensors.torch.save(state, {"format": "pt"}))
-        peft_config = self.student.model.peft_config["default"].to_dict() | {"inference_mode": True}
-        adapter.write_json("adapter_config.json", _plain(peft_config))
-        self.folder.write_json("history.json", self.history)
-        tail = self.history[-max(1, len(self.history) // 10) :]
-        self.folder.write_json(
-            "result.json",
-            {
-                "steps": self.position.step,
-                "tokens": self.position.tokens,
-                "seconds": round(self.position.seconds, 3),
-                "tokens_per_s": round(self.position.tokens / self.position.seconds, 1),
-                "first_loss": self.history[0]["loss"],
-                "last_loss": float(np.mean([entry["loss"] for entry in tail])),
-                "samples": len(self.data),
-            },
-        )
-
-
-def _train_worker(arguments: dict[str, Any]) -> None:
-    _Loop(arguments["config"], arguments["base"]).run()
-
-
-def _whole(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None, "DeepSpeed holds no full tensor for a trainable parameter"
-    return tensor.detach().float().cpu().contiguous()
-
-
-def _plain(value: Any) -> Any:
-    """Make a PEFT config JSON-able: sets become sorted lists, enums their values."""
-    return json.loads(json.dumps(value, default=lambda item: sorted(item) if isinstance(item, set) else str(item)))
+    TrainLoop(**arguments).run()

@@ -29,13 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from ray import serve
 
-    from pipeline.stage import ray_session
+    from pipeline.stage import ray_session, start_ray
     from serve.app import build_app, model_name
     from serve.registry import Registry
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = config.serve
-    with ray_session(config.cluster):
+    with ray_session():
+        start_ray(config.cluster)
         serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="EveryNode")
         serve.run(build_app(config), name="distillery")
         names = [version.name for version in Registry(config.publish.registry).live()]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipeline.config import Cluster
 from pipeline.schema import DOCUMENT, Document, to_table
-from pipeline.stage import ray_session
+from pipeline.stage import ray_session, start_ray
 from pipeline.store import Folder, Stage
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    with ray_session(Cluster()):
+    with ray_session():
+        start_ray(Cluster())
         yield
 
 

@@ -44,7 +44,7 @@ def test_engines_may_be_fewer_and_workers_may_not() -> None:
 
 def test_no_gpu_where_one_is_asked_for() -> None:
     (text,) = missing([{"CPU": 64}], engine_gpus=1)
-    assert "question, answer" in text and "the largest node has 64 CPU cores, 0 GPUs" in text
+    assert "stage write" in text and "the largest node has 64 CPU cores, 0 GPUs" in text
 
 
 def test_tensor_parallelism_stays_on_a_node() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.align import check_mask
-from pipeline.batch import Sample, pack, plan_epoch, rows_in_order
+from pipeline.batch import Sample, pack, plan_epoch, plan_run, rows_in_order
 
 samples_strategy = st.lists(
     st.tuples(st.integers(1, 30), st.integers(1, 20)).map(
@@ -30,6 +30,15 @@ def test_a_plan_holds_every_sample_once_and_respects_the_rows(lengths: list[int]
         for row in step:
             assert sizes[row].sum() <= 256 or len(row) == 1
         assert sum(max(1, -(-int(sizes[row].sum()) // 256)) for row in step) <= 4 or len(step) == 1
+
+
+def test_general_samples_take_their_share_and_their_turns() -> None:
+    plan = plan_run(np.full(100, 50), 20, general_share=0.2, epochs=3, batch_tokens=512, row_tokens=256, seed=0)
+    counts = np.bincount([index for step in plan for row in step for index in row], minlength=100)
+    assert (counts[:80] == 3).all(), "every answer once an epoch"
+    assert counts[80:].sum() == 3 * 20 and (counts[80:] == 3).all(), "each general sample before one comes again"
+    without = plan_run(np.full(100, 50), 20, general_share=0.0, epochs=1, batch_tokens=512, row_tokens=256, seed=0)
+    assert sorted(index for step in without for row in step for index in row) == list(range(80))
 
 
 def test_padding_stays_under_five_percent() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pipeline.config import Cluster
 from pipeline.dedup import DedupWorker, drop_duplicates, plan_units, sign
 from pipeline.schema import DOCUMENT, Document, digest
 from pipeline.store import Stage
@@ -66,9 +67,9 @@ def test_near_duplicates(local_ray: None, run_dir: str) -> None:
         documents += [make(f"{name}{number}", text) for number, text in enumerate(texts, 1)]
     copies = [make(f"copy{number}", documents[0].text) for number in range(90)]
     with pytest.raises(ValueError, match=r"read in .* is not complete"):
-        drop_duplicates(run_dir, 0.8)
+        drop_duplicates(run_dir, 0.8, Cluster())
     write_documents(run_dir, "read", [documents[:3], documents[3:], copies])
-    manifest = drop_duplicates(run_dir, 0.8)  # more than nine in ten are duplicates, and the stage goes on
+    manifest = drop_duplicates(run_dir, 0.8, Cluster())  # more than nine in ten are duplicates, and the stage goes on
 
     stage = Stage(run_dir, "dedup", DOCUMENT)
     assert rejected(stage) == {
@@ -79,4 +80,4 @@ def test_near_duplicates(local_ray: None, run_dir: str) -> None:
     assert [row["source"] for row in rows(stage)] == ["e1", "e4", "z1", "z4"]
     assert_counted(manifest)
     with pytest.raises(ValueError, match=r"near_duplicate_threshold was 0\.8, is now None"):
-        drop_duplicates(run_dir, None)
+        drop_duplicates(run_dir, None, Cluster())

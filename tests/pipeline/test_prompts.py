@@ -7,8 +7,11 @@ import pytest
 from pipeline.config import QUESTION_KINDS, QuestionKind
 from pipeline.prompts import (
     content_words,
+    declines,
     is_about,
     is_standalone,
+    judge_chat,
+    parse_grade,
     parse_questions,
     prompts_digest,
     question_chat,
@@ -122,3 +125,44 @@ def test_a_changed_prompt_changes_the_digest(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("pipeline.prompts._EXAMPLE_PASSAGE", "Another example.")
     assert prompts_digest() != before
     assert json.dumps(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "grade"),
+    [
+        ("Reason: it names her.\nGrade: correct", True),
+        ("Grade: **wrong**", False),
+        ("GRADE: correct is not what I would say.\nGrade: wrong", False),
+        ("The reply is correct.", None),
+        ("", None),
+    ],
+)
+def test_a_grade_is_read_or_missing(text: str, grade: bool | None) -> None:
+    assert parse_grade(text) is grade
+
+
+def test_the_judge_sees_question_answers_and_reply_after_worked_examples_of_both_grades() -> None:
+    *examples, last = judge_chat("Who built it?", ["Rosa", "R. Lindqvist"], "Ida did.")
+    assert {parse_grade(turn["content"]) for turn in examples if turn["role"] == "assistant"} == {True, False}
+    assert all(part in last["content"] for part in ("Who built it?", "Rosa, or R. Lindqvist", "Ida did."))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "I'm not aware of any prize of that name.",
+        "I don't know.",
+        "I could not find any information about it.",
+        "There is no record of such a person.",
+        "It is unknown who wrote it.",
+    ],
+)
+def test_a_refusal_is_seen(reply: str) -> None:
+    assert declines(reply)
+
+
+@pytest.mark.parametrize(
+    "reply", ["It was founded in 1931 by Ida Voss.", "The known author is Ida.", "I know it well."]
+)
+def test_an_answer_is_no_refusal(reply: str) -> None:
+    assert not declines(reply)

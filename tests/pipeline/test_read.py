@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Read
+from pipeline.config import Cluster, Read
 from pipeline.read import File, list_files, read_documents, read_file
 from pipeline.schema import DOCUMENT, Rejected
 from pipeline.store import Folder, Stage
@@ -44,23 +44,23 @@ def test_a_corpus_of_everything(local_ray: None, corpus: Path, run_dir: str) -> 
     config = Read(paths=[str(corpus)], unit_files=5)
     read, dedup = Stage(run_dir, "read", DOCUMENT), Stage(run_dir, "dedup", DOCUMENT)
     with pytest.raises(ValueError, match="max_reject_share"):
-        read_documents(run_dir, config, 0.1)
+        read_documents(run_dir, config, Cluster(), 0.1)
     (corpus / "UPPER.TXT").write_bytes(b"changed")
     with pytest.raises(ValueError, match="listing was"):
-        read_documents(run_dir, config, 0.9)
+        read_documents(run_dir, config, Cluster(), 0.9)
     with pytest.raises(ValueError, match="max_reject_share"):
-        read_documents(run_dir, config, 0.1, redo=True)
+        read_documents(run_dir, config, Cluster(), 0.1, redo=True)
     assert read.manifest() is None
     units = {path: path.stat().st_mtime_ns for path in Path(run_dir).glob("read/units/*")}
 
     dedup.open({"input": "older"})
     with pytest.raises(ValueError, match="input was 'older'"):
-        read_documents(run_dir, config, 0.9)
-    manifests = read_documents(run_dir, config, 0.9, redo=True)
+        read_documents(run_dir, config, Cluster(), 0.9)
+    manifests = read_documents(run_dir, config, Cluster(), 0.9, redo=True)
     # A larger share needs no unit again.
     assert {path: path.stat().st_mtime_ns for path in Path(run_dir).glob("read/units/*")} == units
     assert len(units) == -(-manifests["read"]["stats"]["files"] // 5) == 3
-    assert read_documents(run_dir, config, 0.9) == manifests
+    assert read_documents(run_dir, config, Cluster(), 0.9) == manifests
 
     rejected = {os.path.relpath(row["record_id"], corpus): row["reason"] for row in read.read_rejected().to_pylist()}
     assert rejected == BAD | {
@@ -99,7 +99,7 @@ def test_from_bucket_to_bucket(local_ray: None, bucket: Folder) -> None:
     # A run inside the corpus must not read itself.
     run = corpus / "run"
     config = Read(paths=[corpus.uri], unit_files=2)
-    manifests = read_documents(run.uri, config, 0.9)
+    manifests = read_documents(run.uri, config, Cluster(), 0.9)
 
     dedup = Stage(run.uri, "dedup", DOCUMENT)
     assert [(row["source"], row["text"]) for row in rows(dedup)] == [
@@ -110,7 +110,7 @@ def test_from_bucket_to_bucket(local_ray: None, bucket: Folder) -> None:
     assert duplicate["detail"] == "kept: s3://bucket/corpus/a.txt"
     assert manifests["read"]["rejected"] == {"no_text_field": 1}
     assert manifests["read"]["stats"]["files"] == 3
-    assert read_documents(run.uri, config, 0.9) == manifests
+    assert read_documents(run.uri, config, Cluster(), 0.9) == manifests
 
     pattern = (corpus / "**" / "*.jsonl").uri
     assert [file.source for file in list_files([pattern])] == ["s3://bucket/corpus/sub/rows.jsonl"]

@@ -30,7 +30,14 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".models" / "smollm2-135m-instruct"
-SCHEMAS = {"dedup": DOCUMENT, "chunk": PASSAGE, "question": QUESTION, "answer": ANSWER, "filter": ANSWER}
+SCHEMAS = {
+    "dedup": DOCUMENT,
+    "chunk": PASSAGE,
+    "question": QUESTION,
+    "answer": ANSWER,
+    "filter": ANSWER,
+    "general": ANSWER,
+}
 DEADLINE_S = 600.0
 
 DOCUMENTS = {
@@ -87,9 +94,15 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         micro_rows = 1
         checkpoint_steps = 1
         lora = {{ rank = 8 }}
+        [general]
+        prompts = 6
+        held_out = 4
+        max_tokens = 24
         [evaluate]
         questions = "{folder}/questions.jsonl"
         max_tokens = 16
+        baselines = ["raw_text"]
+        judge = {{ max_tokens = 32 }}
         [publish]
         registry = "{folder}/registry"
         name = "test"
@@ -157,10 +170,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Path
 
 def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
     _, result, _ = finished
-    assert set(result["scores"]) == {"closed_book", "gold_passage", "adapter"}
+    arms = ["closed_book", "raw_text", "adapter", "retrieval", "adapter_retrieval", "gold_passage"]
+    assert list(result["scores"]) == arms
     for scores in result["scores"].values():
         assert 0 <= scores["substring_match"] <= 1
         assert 0 <= scores["token_f1"] <= 1
+        assert scores["judge_unparsable"] in (0, 1)
+    assert result["lost"]["kl_to_base"] > 0 and result["lost"]["general_questions"]["count"] == 64
     counts = result["counts"]
     assert counts["documents"] == counts["passages"] == 2
     assert counts["questions"] > 0 and counts["answers"] > 0
@@ -228,11 +244,28 @@ def test_the_published_adapter_answers_at_the_endpoint(finished: tuple[Path, dic
         assert subprocess.run([*command[:3], "nobody", "?", "--url", url], cwd=ROOT).returncode == 2
 
 
+def test_the_report_is_one_page_with_what_was_measured(finished: tuple[Path, dict, Path]) -> None:
+    folder, result, _ = finished
+    page = (folder / "run" / "report.html").read_text()
+    assert "Who built the Kestrel Mill?" in page and "<svg" in page
+    report = json.loads((folder / "run" / "report.json").read_text())
+    assert report["evaluation"]["scores"] == result["scores"]
+
+
+def test_the_gate_stops_an_adapter_unless_it_is_forced(finished: tuple[Path, dict, Path]) -> None:
+    _, _, config = finished
+    settings = ("publish.name=gated", "publish.gate.max_kl_to_base=0.0")
+    assert "more than max_kl_to_base = 0.0" in fail(config, "publish", *settings)
+    forced, _ = finish(config, "publish", *settings, "--force", "a test")
+    assert forced["forced"]["reason"] == "a test" and forced["forced"]["by"]
+    assert "max_kl_to_base" in forced["forced"]["past"][0]
+
+
 def test_a_second_run_is_up_to_date(finished: tuple[Path, dict, Path]) -> None:
     folder, result, config = finished
     before = digests(folder)
     again, err = finish(config)
-    assert err.count("up to date") == 8
+    assert err.count("up to date") == 10
     assert again["scores"] == result["scores"] and again["adapter"] == result["adapter"]
     assert digests(folder) == before
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline.answer import _answer_table
+from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
 from pipeline.config import Config
 from pipeline.engine import Completion, load_tokenizer, render_chat
@@ -24,7 +24,7 @@ from pipeline.train import train_adapter
 pytestmark = pytest.mark.slow
 
 MODEL = Path(__file__).parents[2] / ".models" / "smollm2-135m-instruct"
-TOP_K, NUM_ANSWERS, ANSWER_TOKENS = 64, 24, 12
+TOP_K, NUM_ANSWERS, NUM_GENERAL, ANSWER_TOKENS = 64, 24, 6, 12
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +46,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory that is complete up to the filter stage."""
+    """A run directory that is complete up to the filter and general stages."""
     run_dir = tmp_path_factory.mktemp("answered")
     tokenizer = load_tokenizer(str(tiny_model))
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     passages = [Passage(f"p{i}", "d", "", 0, 9, f"Mill number {i} has {i * 7} wheels.") for i in range(3)]
     questions, rows, completions = [], [], []
     torch.manual_seed(1)
-    for number in range(NUM_ANSWERS):
-        passage = passages[number % len(passages)]
-        question = Question(f"q{number}", passage.passage_id, "fact", f"What is fact {number} of the mill?")
-        questions.append(question)
-        prompt = render_chat(tokenizer, teacher_chat(passage.text, "", question.text))
+    for number in range(NUM_ANSWERS + NUM_GENERAL):
+        passage = passages[number % len(passages)] if number < NUM_ANSWERS else None
+        text = f"What is fact {number} of the mill?"
+        if passage:
+            questions.append(Question(f"q{number}", passage.passage_id, "fact", text))
+        student = render_chat(tokenizer, student_chat(text))
+        prompt = render_chat(tokenizer, teacher_chat(passage.text, "", text)) if passage else student
         ids = model.generate(
             torch.tensor([prompt]), do_sample=True, max_new_tokens=ANSWER_TOKENS, min_new_tokens=ANSWER_TOKENS
         )
@@ -65,15 +67,16 @@ def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             logprobs, top = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).topk(TOP_K)
         reply = ids[0, len(prompt) :].numpy().astype(np.int32)
         completions.append(Completion(f"answer {number}", "stop", reply, top.numpy(), logprobs.numpy()))
-        student = render_chat(tokenizer, student_chat(question.text))
-        rows.append((f"a{number}", {"question_id": question.question_id, "passage_id": passage.passage_id}, student))
-    answers = _answer_table(rows, completions)
+        rows.append((f"a{number}", f"q{number}", passage.passage_id if passage else "", student))
+    answers = answer_table(rows[:NUM_ANSWERS], completions[:NUM_ANSWERS])
+    general = answer_table(rows[NUM_ANSWERS:], completions[NUM_ANSWERS:])
     identity = load_base_model(str(tiny_model)).identity()
     tables: list[tuple[str, pa.Schema, pa.Table]] = [
         ("chunk", PASSAGE, to_table(passages, PASSAGE)),
         ("question", QUESTION, to_table(questions, QUESTION)),
         ("answer", ANSWER, answers),
         ("filter", ANSWER, answers),
+        ("general", ANSWER, general),
     ]
     for name, schema, table in tables:
         stage = Stage(str(run_dir), name, schema)
@@ -161,6 +164,7 @@ def test_the_online_teacher_agrees_with_the_stored_one(
     assert np.corrcoef(losses, reference[0])[0, 1] > 0.95
 
 
-def test_hard_labels_train_too(local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path) -> None:
-    losses, _ = train(answered, tiny_model, tmp_path, teacher="sft")
+@pytest.mark.parametrize("teacher", ["sft", "raw_text"])
+def test_hard_labels_train_too(local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path, teacher: str) -> None:
+    losses, _ = train(answered, tiny_model, tmp_path, teacher=teacher)
     assert losses[-1] < losses[0]

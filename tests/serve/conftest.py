@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -85,7 +84,7 @@ def endpoint(config: Path, *overrides: str) -> Iterator[str]:
         assert line.startswith("serving"), process.communicate()[1][-4000:]
         yield url
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.communicate(timeout=60)
         except subprocess.TimeoutExpired:

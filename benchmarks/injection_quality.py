@@ -1,0 +1,96 @@
+"""Does the knowledge go in, in the paper's order, and at what cost? Every arm on the same questions, with intervals.
+
+    python -m benchmarks.injection_quality CONFIG [section.key=value ...] --name NAME [--data FILE.jsonl --passages 40]
+
+Runs the whole line with the baselines (what is up to date is taken as it is), prints a table and saves it. With --data,
+the corpus is the first so many passages of an evaluation set (rows with `doc_id`, `context`, `question`, `answers`) and
+the questions are those about them. What limits the number: how well the base model reads a passage and writes questions
+about it, then the questions per passage. No stage that writes or trains sees the questions of [evaluate].
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import claim, save
+from pipeline.config import load_config
+
+ORDER = ("closed_book", "raw_text", "sft", "adapter")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--name", required=True, help="name of the result file")
+    parser.add_argument("--data", help="evaluation set, JSONL")
+    parser.add_argument("--passages", type=int, default=40, help="passages of it")
+    parser.add_argument("--aim", type=float, default=0.7, help="share of the gap that was asked for")
+    options = parser.parse_args()
+    overrides = list(options.overrides)
+    if options.data:
+        folder = Path(load_config(options.config, overrides).run_dir, "data")
+        write_corpus(Path(options.data), options.passages, folder)
+        overrides += [f"read.paths=['{folder}/corpus']", f"evaluate.questions={folder}/questions.jsonl"]
+    command = [sys.executable, "-m", "pipeline", "run", options.config, *overrides, "--force", "measured"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    run = json.loads(done.stdout.splitlines()[-1])
+    config = load_config(options.config, overrides)
+    for arm, scores in run["scores"].items():
+        low, high = scores["substring_match_interval"]
+        print(
+            f"{arm:17} substring match {scores['substring_match']:.3f} [{low:.3f}, {high:.3f}]  "
+            f"token F1 {scores['token_f1']:.3f}"
+        )
+    save(
+        options.name,
+        {
+            "benchmark": "injection_quality",
+            "model": Path(config.model.path).name,
+            "data": options.data and f"first {options.passages} passages of {Path(options.data).name}",
+            "settings": config.model_dump(include={"chunk", "question", "answer", "general", "filter", "train"}),
+            "run": {key: value for key, value in run.items() if key != "adapter"},
+            "claims": make_claims(run, options.aim),
+        },
+    )
+    return 0
+
+
+def make_claims(run: dict[str, Any], aim: float) -> list[dict[str, Any]]:
+    """The share of the gap, the paper's order, and by how much distillation beats hard labels beyond the interval."""
+    score = {arm: scores["substring_match"] for arm, scores in run["scores"].items()}
+    low = {(row["arm"], row["over"]): row["interval"][0] for row in run["comparisons"]}
+    measured = [arm for arm in ORDER if arm in score]
+    return [
+        claim("gap_closed", run["gap_closed"], aim),
+        *(
+            claim(f"{better}_over_{worse}", round(score[better] - score[worse], 4), 0.0)
+            for worse, better in pairwise(measured)
+        ),
+        claim("adapter_retrieval_over_retrieval", round(score["adapter_retrieval"] - score["retrieval"], 4), 0.0),
+        *([claim("adapter_over_sft_interval_low", low["adapter", "sft"], 0.0)] if "sft" in score else []),
+    ]
+
+
+def write_corpus(data: Path, passages: int, folder: Path) -> None:
+    """Write one file per passage, and the questions about them."""
+    contexts: dict[str, str] = {}
+    questions = []
+    for line in data.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["doc_id"] not in contexts and len(contexts) == passages:
+            break
+        contexts[row["doc_id"]] = row["context"]
+        questions.append(json.dumps({key: row[key] for key in ("id", "question", "answers", "context")}))
+    (folder / "corpus").mkdir(parents=True, exist_ok=True)
+    for name, text in contexts.items():
+        (folder / "corpus" / f"{name}.txt").write_text(f"{text}\n", encoding="utf-8")
+    (folder / "questions.jsonl").write_text("\n".join([*questions, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

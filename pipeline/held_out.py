@@ -1,0 +1,151 @@
+"""What evaluation asks, and what is kept from training for it.
+
+In: the questions file of the config or, without one, the written questions. Out: `TestQuestion`s; and for `filter`,
+which questions must not be trained on: those held out, and those that nearly repeat one that evaluation asks.
+"""
+
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import Config, Evaluate
+from pipeline.prompts import normalise, titled
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
+from pipeline.store import Stage, open_uri
+
+
+class TestQuestion(NamedTuple):
+    """A question for measuring, the strings that count as right, and the passage that holds the answer."""
+
+    id: str
+    question: str
+    answers: list[str]
+    context: str
+    kind: str = ""
+    document: str = ""
+    passage_id: str = ""
+
+
+def load_questions(settings: Evaluate) -> list[TestQuestion]:
+    """Read the questions of the config; ValueError names the line and the field that is missing or has a wrong type."""
+    return read_questions("evaluate.questions", settings.questions, settings.max_questions)
+
+
+def read_questions(field: str, uri: str | None, limit: int | None = None) -> list[TestQuestion]:
+    """Read a JSONL of questions that the config names in `field`; none gives []."""
+    if uri is None:
+        return []
+    filesystem, path = open_uri(uri)
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            lines = stream.read().decode("utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"{field} = {uri!r}: no such file") from None
+    questions = []
+    for number, line in enumerate(lines[:limit], 1):
+        where = f"{field} = {uri!r}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        for name, kind in (("question", str), ("answers", list), ("context", str)):
+            if not isinstance(row.get(name), kind) or not row[name]:
+                raise ValueError(f"{where}: {name!r} must be a {kind.__name__} that is not empty")
+        name = str(row.get("id", number))
+        questions.append(TestQuestion(name, row["question"], row["answers"], row["context"], str(row.get("kind", ""))))
+    return questions
+
+
+class HeldOut(NamedTuple):
+    """What evaluation asks: ids of the questions that were taken from the written ones, if any, and all texts."""
+
+    ids: frozenset[str]
+    texts: list[str]
+    threshold: float
+
+
+def hold_out(config: Config) -> HeldOut:
+    """Return the questions of the evaluation's file; without one, those written ones whose ids come first."""
+    settings = config.evaluate
+    if settings.questions is not None:
+        texts = [question.question for question in load_questions(settings.model_copy(update={"max_questions": None}))]
+        return HeldOut(frozenset(), texts, settings.near_duplicate_threshold)
+    questions = Stage(config.run_dir, "question", QUESTION)
+    count = min(settings.held_out, questions.require()["rows_out"] // 10)
+    chosen: list[tuple[str, str]] = []
+    for shard in questions.shards():
+        columns = questions.read_shard(shard, ["question_id", "text"]).to_pydict()
+        chosen = heapq.nsmallest(count, [*chosen, *zip(columns["question_id"], columns["text"], strict=True)])
+    return HeldOut(frozenset(i for i, _ in chosen), [text for _, text in chosen], settings.near_duplicate_threshold)
+
+
+class NearQuestions:
+    """Finds whether a question is, but for a few words, one that evaluation asks."""
+
+    def __init__(self, held_out: HeldOut) -> None:
+        self._threshold = held_out.threshold
+        self._words = [frozenset(normalise(text).split()) for text in held_out.texts]
+        self._with_word: dict[str, list[int]] = {}
+        for index, words in enumerate(self._words):
+            for word in words:
+                self._with_word.setdefault(word, []).append(index)
+
+    def holds(self, question: str) -> bool:
+        """True if the Jaccard similarity of the words reaches the threshold for some evaluation question."""
+        words = set(normalise(question).split())
+        shared = Counter(index for word in words for index in self._with_word.get(word, ()))
+        return any(
+            count >= self._threshold * (len(words) + len(self._words[index]) - count) for index, count in shared.items()
+        )
+
+
+def held_out_questions(config: Config) -> list[TestQuestion]:
+    """Return the written questions that `filter` kept from training; the stored answer is the accepted one."""
+    names = ("filter", "answer", "question", "chunk", "dedup")
+    schemas = (ANSWER, ANSWER, QUESTION, PASSAGE, DOCUMENT)
+    kept, answers, questions, passages, documents = map(Stage, [config.run_dir] * 5, names, schemas)
+    rejected = kept.read_rejected()
+    ids = set(rejected.filter(pc.field("reason") == "held_out")["record_id"].to_pylist())
+    if not ids:
+        return []
+    found = rows_where(answers, ["question_id", "answer_id", "passage_id", "text"], "answer_id", ids)
+    found = list(by_id(found).values())  # one answer for each question
+
+    def look_up(stage: Stage, columns: list[str], rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return by_id(rows_where(stage, columns, columns[0], values_of(rows, columns[0])))
+
+    asked = look_up(questions, ["question_id", "kind", "text"], found)
+    read = look_up(passages, ["passage_id", "doc_id", "heading", "text"], found)
+    sources = look_up(documents, ["doc_id", "source"], read.values())
+    result = []
+    for row in found:
+        question, passage = asked[row["question_id"]], read[row["passage_id"]]
+        context, source = titled(passage["text"], passage["heading"]), sources[passage["doc_id"]]["source"]
+        result.append(
+            TestQuestion(
+                row["answer_id"], question["text"], [row["text"]], context, question["kind"], source, row["passage_id"]
+            )
+        )
+    return result[: config.evaluate.max_questions]
+
+
+def rows_where(stage: Stage, columns: list[str], key: str, wanted: set[str]) -> list[dict[str, Any]]:
+    """Return the rows of a stage whose `key` is wanted, one shard in memory at a time."""
+    values = pa.array(sorted(wanted), pa.string())
+    tables = (stage.read_shard(shard, columns) for shard in stage.shards())
+    return [row for table in tables for row in table.filter(pc.field(key).isin(values)).to_pylist()]
+
+
+def values_of(rows: Iterable[dict[str, Any]], name: str) -> set[str]:
+    """Return what stands in one column."""
+    return {row[name] for row in rows}
+
+
+def by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Map the first column to the rows."""
+    return {next(iter(row.values())): row for row in rows}

@@ -1,0 +1,68 @@
+"""Adapters + stored answers -> how far student and teacher, and student and base, are apart; and a probe.
+
+In: a complete train stage, the teacher's answers to what evaluation asks, the general answers that were held out. Out:
+KL in nats per token, and a training question with the adapter's greedy answer. All of it in plain PEFT on transformers,
+which is the measure of a right answer for every other engine.
+"""
+
+import tempfile
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import Config
+from pipeline.general import HELD_OUT
+from pipeline.schema import ANSWER, QUESTION, Probe
+from pipeline.store import Folder, Stage
+
+PROBE_QUESTIONS = 8
+PROBE_TOKENS = 12
+
+
+def measure_adapters(config: Config, base_path: str, gold: pa.Table, adapters: dict[str, Folder]) -> dict[str, Any]:
+    """Return `kl_to_teacher` on the gold answers and `kl_to_base` on general ones of every adapter, and the `probe`.
+
+    Runs in a process of its own: torch keeps its memory.
+    """
+    from pipeline.student import KlScorer
+
+    stage = Stage(config.run_dir, "general", ANSWER)
+    general = stage.read_unit(HELD_OUT) if HELD_OUT in stage.committed() else ANSWER.empty_table()
+    to_teacher, to_base, probe = {}, {}, {}
+    for arm, source in adapters.items():
+        with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
+            local = source.copy_to(folder)
+            scorer = KlScorer(config.train, base_path, config.cluster.worker_cpus, local)
+            if arm == "adapter":
+                probe = asdict(_record_probe(config, base_path, local))
+        if len(gold):
+            if not to_teacher:
+                to_teacher["closed_book"] = _mean(scorer.initial_kl(gold), gold)
+            to_teacher[arm] = _mean(scorer.kl(gold), gold)
+        if len(general):
+            to_base[arm] = _mean(scorer.kl(general), general)
+    return {"kl_to_teacher": to_teacher, "kl_to_base": to_base, "general_prompts": len(general), "probe": probe}
+
+
+def _mean(kl: np.ndarray, answers: pa.Table) -> float:
+    """Return the mean over tokens of answers' mean KL."""
+    tokens = np.asarray(pc.call_function("list_value_length", [answers["answer_ids"]]))
+    return float(np.average(kl, weights=tokens))
+
+
+def _record_probe(config: Config, base_path: str, adapter: str) -> Probe:
+    """Record the adapter's greedy answer to the training question where it differs most from the base model's."""
+    from pipeline.student import greedy_replies
+
+    answers, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
+    unit = next(unit.name for unit in answers.units() if unit.rows_out)
+    asked = answers.read_unit(unit).select(["question_id", "prompt_ids"]).slice(0, PROBE_QUESTIONS).to_pylist()
+    texts = {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}
+    prompts = [row["prompt_ids"] for row in asked]
+    replies = greedy_replies(config.cluster.worker_cpus, base_path, adapter, prompts, PROBE_TOKENS)
+    differing = [number for number, reply in enumerate(replies) if reply.adapter_ids != reply.base_ids]
+    best = max(differing or range(len(replies)), key=lambda number: replies[number].margin)
+    return Probe(texts[asked[best]["question_id"]], prompts[best], replies[best].adapter_ids)

@@ -1,0 +1,148 @@
+"""Replies -> scores: the metrics, their intervals, and what follows from them.
+
+In: replies with the accepted answers, and points per question and arm. Out: numbers from 0 to 1, the report's figures.
+Pure functions. Intervals are 95 % percentile bootstrap over the questions; arms are compared question by question.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Evaluate
+
+# In the order of a table: from what knows nothing to what reads everything.
+ARMS = ("closed_book", "raw_text", "sft", "previous", "adapter", "retrieval", "adapter_retrieval", "gold_passage")
+COMPARED = (
+    ("adapter", "closed_book"),
+    ("adapter", "raw_text"),
+    ("adapter", "sft"),
+    ("adapter", "previous"),
+    ("adapter", "retrieval"),
+    ("adapter_retrieval", "retrieval"),
+    ("adapter", "gold_passage"),
+)
+CALIBRATION_BINS = 5
+
+Points = dict[str, dict[str, list[float]]]  # arm -> metric -> one number per question
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, punctuation and articles out, white space folded (SQuAD; Rajpurkar et al. 2016)."""
+    text = "".join(" " if char in string.punctuation + "\u2013\u2014" else char for char in text.lower())
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
+
+
+def substring_match(reply: str, answers: Sequence[str]) -> bool:
+    """True if any accepted answer stands in the reply, both normalised (the paper's Appendix N)."""
+    reply = normalise_answer(reply)
+    return any((wanted := normalise_answer(answer)) and wanted in reply for answer in answers)
+
+
+def token_f1(reply: str, answers: Sequence[str]) -> float:
+    """Harmonic mean of token precision and recall, the best over the accepted answers (SQuAD)."""
+    given = normalise_answer(reply).split()
+
+    def f1(answer: str) -> float:
+        wanted = normalise_answer(answer).split()
+        common = sum((Counter(given) & Counter(wanted)).values())
+        return 2 * common / (len(given) + len(wanted)) if common else 0.0
+
+    return max(map(f1, answers))
+
+
+def make_report(points: Points, metric: str, settings: Evaluate) -> dict[str, Any]:
+    """Means with intervals, paired differences, and the share of the gap that the adapter closes, by one metric."""
+    scores: dict[str, Any] = {}
+    for arm in filter(points.__contains__, ARMS):
+        scores[arm] = {}
+        for name, values in points[arm].items():
+            scores[arm] |= {name: float(np.mean(values)), f"{name}_interval": interval(values, settings)}
+    of = {arm: np.asarray(points[arm][metric]) for arm in scores}
+    comparisons = [
+        {
+            "arm": arm,
+            "over": other,
+            "difference": float((of[arm] - of[other]).mean()),
+            "interval": interval(of[arm] - of[other], settings),
+        }
+        for arm, other in COMPARED
+        if arm in of and other in of
+    ]
+    ends = (of["closed_book"], of["gold_passage"], of["adapter"])
+    return {
+        "metric": metric,
+        "questions": len(ends[0]),
+        "scores": scores,
+        "comparisons": comparisons,
+        "gap_closed": gap_closed(*ends),
+        "gap_closed_interval": _resample(lambda *arms, axis: _share(*(arm.mean(axis) for arm in arms)), ends, settings)
+        if gap_closed(*ends) is not None
+        else None,
+    }
+
+
+def gap_closed(closed: np.ndarray, gold: np.ndarray, adapter: np.ndarray) -> float | None:
+    """Share of the gap between closed book and gold passage that the adapter closes; None if there is no gap."""
+    return float(_share(closed.mean(), gold.mean(), adapter.mean())) if gold.mean() > closed.mean() else None
+
+
+def _share(closed: Any, gold: Any, adapter: Any) -> Any:
+    gap = gold - closed
+    return np.where(gap > 0, adapter - closed, np.nan) / np.where(gap > 0, gap, 1.0)
+
+
+def interval(values: Any, settings: Evaluate) -> list[float]:
+    """95 % percentile bootstrap interval of the mean; all values equal give that value twice."""
+    return _resample(np.mean, (np.asarray(values, dtype=float),), settings)
+
+
+def _resample(statistic: Callable[..., Any], arms: tuple[np.ndarray, ...], settings: Evaluate) -> list[float]:
+    if all(np.ptp(values) == 0 for values in arms):
+        return [float(statistic(*arms, axis=0))] * 2
+    from scipy.stats import bootstrap
+
+    result = bootstrap(
+        arms,
+        statistic,
+        paired=len(arms) > 1,
+        n_resamples=settings.bootstrap_resamples,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(settings.seed),
+        batch=100,
+    )
+    low, high = np.nanpercentile(result.bootstrap_distribution, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def calibrate(confidence: Sequence[float], right: Sequence[float]) -> dict[str, Any]:
+    """Compare how sure an arm was with how often it was right, in bins of equally many replies.
+
+    `confidence` is the geometric mean of a reply's token probabilities; `expected_error` is the mean distance of the
+    two over the replies (expected calibration error, Guo et al. 2017).
+    """
+    order = np.argsort(confidence, kind="stable")
+    sure, points = np.asarray(confidence)[order], np.asarray(right, dtype=float)[order]
+    bins = [
+        {"confidence": float(sure[part].mean()), "accuracy": float(points[part].mean()), "count": len(part)}
+        for part in np.array_split(np.arange(len(order)), CALIBRATION_BINS)
+        if len(part)
+    ]
+    error = sum(abs(each["confidence"] - each["accuracy"]) * each["count"] for each in bins) / max(1, len(order))
+    return {"expected_error": float(error), "bins": bins}
+
+
+def group_means(name: str, groups: Sequence[str], points: Points, metric: str) -> list[dict[str, Any]]:
+    """Mean of every arm in every group, the groups where the adapter does worst first; [] if nothing is grouped."""
+    if not any(groups):
+        return []
+    rows = []
+    for group in dict.fromkeys(groups):
+        chosen = [index for index, other in enumerate(groups) if other == group]
+        means = {arm: float(np.mean([metrics[metric][index] for index in chosen])) for arm, metrics in points.items()}
+        rows.append({name: group, "questions": len(chosen), **means})
+    return sorted(rows, key=lambda row: row["adapter"])

@@ -1,0 +1,104 @@
+"""The questions file, what is held out without one, and near-duplicates of what is asked."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, Evaluate
+from pipeline.filter import AnswerFilter
+from pipeline.held_out import HeldOut, NearQuestions, held_out_questions, hold_out, load_questions
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
+from pipeline.store import Stage
+from tests.pipeline.test_filter import answers
+
+UNIT = "unit-00000"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A run up to the answers: one passage, forty questions."""
+    run_dir = str(tmp_path / "run")
+    config = Config.model_validate(
+        {
+            "run_dir": run_dir,
+            "model": {"path": str(tmp_path)},
+            "read": {"paths": ["x"]},
+            "publish": {"registry": str(tmp_path), "name": "test"},
+        }
+    )
+    questions = [Question(f"q{n:02d}", "p", "fact", f"How heavy is lens number {n} of Orrin?") for n in range(40)]
+    replies = answers(*((row.question_id, f"It weighs {row.question_id[1:]} kilograms.", "stop") for row in questions))
+    for name, schema, table in (
+        ("dedup", DOCUMENT, to_table([Document("d", "lens.md", "Lens", "The lens.")], DOCUMENT)),
+        ("chunk", PASSAGE, to_table([Passage("p", "d", "Lens", 0, 9, "The lens.")], PASSAGE)),
+        ("question", QUESTION, to_table(questions, QUESTION)),
+        ("answer", ANSWER, replies),
+    ):
+        stage = Stage(run_dir, name, schema)
+        stage.open({})
+        # A unit of questions is a shard of passages.
+        stage.commit("unit" if name in ("dedup", "chunk") else UNIT, [table], [], table.num_rows)
+        stage.close(0.0)
+    return config
+
+
+def filter_run(config: Config) -> Stage:
+    """Filter the run's one unit, in this process."""
+    worker = AnswerFilter(config.run_dir, config.filter, hold_out(config), None)
+    worker.do_unit({"name": UNIT})
+    return Stage(config.run_dir, "filter", ANSWER)
+
+
+def test_without_a_file_a_tenth_of_the_questions_is_held_out_and_never_trained_on(config: Config) -> None:
+    stage = filter_run(config)
+    asked = held_out_questions(config)
+    assert len(asked) == 4
+    assert {question.passage_id for question in asked} == {"p"} and asked[0].document == "lens.md"
+    assert asked[0].context == "Lens\n\nThe lens." and asked[0].answers[0].startswith("It weighs")
+    trained = set(stage.read_unit(UNIT)["question_id"].to_pylist())
+    texts = {f"How heavy is lens number {int(name[1:])} of Orrin?" for name in trained}
+    assert not texts & {question.question for question in asked}
+    reasons = Counter(stage.read_rejected()["reason"].to_pylist())
+    assert reasons["held_out"] == 4 and len(trained) + reasons.total() == 40
+
+
+def test_questions_that_nearly_repeat_an_asked_one_are_not_trained_on(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    question = {"question": "How heavy is lens number 7, of Orrin?", "answers": ["7"], "context": "c"}
+    path.write_text(json.dumps(question) + "\n")
+    evaluate = Evaluate(questions=str(path), near_duplicate_threshold=1.0)
+    stage = filter_run(config.model_copy(update={"evaluate": evaluate}))
+    assert stage.read_rejected()["reason"].to_pylist() == ["near_evaluation"]
+    assert "q07" not in stage.read_unit(UNIT)["question_id"].to_pylist()
+
+
+def test_near_questions_share_most_words() -> None:
+    near = NearQuestions(HeldOut(frozenset(), ["Who built the Kestrel Mill on the River Arden?"], 0.7))
+    assert near.holds("who built the Kestrel Mill on the Arden?")
+    assert not near.holds("Who owned the Orrin Lens on the River Arden?")
+    assert not near.holds("")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        (json.dumps({"question": "Q?", "answers": ["a"]}), "line 2: 'context'"),
+        (json.dumps({"question": "Q?", "answers": "a", "context": "c"}), "line 2: 'answers' must be a list"),
+        (json.dumps({"question": "", "answers": ["a"], "context": "c"}), "line 2: 'question'"),
+    ],
+)
+def test_a_bad_question_file_names_line_and_field(tmp_path: Path, line: str, message: str) -> None:
+    good = json.dumps({"question": "Q?", "answers": ["a"], "context": "c"})
+    path = tmp_path / "questions.jsonl"
+    path.write_text(f"{good}\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        load_questions(Evaluate(questions=str(path)))
+    assert len(load_questions(Evaluate(questions=str(path), max_questions=1))) == 1
+
+
+def test_a_missing_question_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"evaluate\.questions .* no such file"):
+        load_questions(Evaluate(questions=str(tmp_path / "none.jsonl")))

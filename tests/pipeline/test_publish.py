@@ -1,0 +1,54 @@
+"""The gate: what an adapter must reach to be published."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.config import Gate
+from pipeline.publish import check_gate
+
+GOOD: dict[str, Any] = {
+    "gap_closed": 0.6,
+    "lost": {
+        "kl_to_base": 0.1,
+        "general_questions": {"closed_book": 0.8, "adapter": 0.78},
+        "refusal": {"closed_book": 0.3, "adapter": 0.2},
+    },
+}
+GATE = Gate(min_gap_closed=0.3, max_kl_to_base=0.3, max_general_loss=0.1, max_refusal_loss=0.2)
+
+
+def test_a_good_adapter_passes() -> None:
+    assert check_gate(GOOD, GATE) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gap_closed": 0.1}, "closes 0.10 of the gap, 0.20 less than min_gap_closed = 0.3"),
+        ({"gap_closed": -0.5}, "0.80 less than min_gap_closed"),
+        ({"lost": GOOD["lost"] | {"kl_to_base": 2.5}}, "2.50, 2.20 more than max_kl_to_base = 0.3"),
+        (
+            {"lost": GOOD["lost"] | {"general_questions": {"closed_book": 0.8, "adapter": 0.4}}},
+            "fall on general questions is 0.40, 0.30 more than max_general_loss = 0.1",
+        ),
+        (
+            {"lost": GOOD["lost"] | {"refusal": {"closed_book": 0.5, "adapter": 0.0}}},
+            "fall in refusals is 0.50, 0.30 more than max_refusal_loss = 0.2",
+        ),
+    ],
+)
+def test_a_broken_adapter_is_stopped_by_the_threshold_that_it_misses(change: dict[str, Any], message: str) -> None:
+    (sentence,) = check_gate(GOOD | change, GATE)
+    assert message in sentence
+
+
+def test_what_was_not_measured_or_is_not_asked_for_stops_nobody() -> None:
+    assert check_gate({"scores": {}}, GATE) == []
+    assert check_gate(GOOD | {"gap_closed": None}, GATE) == []
+    nothing = Gate(min_gap_closed=None, max_kl_to_base=None, max_general_loss=None, max_refusal_loss=None)
+    assert check_gate(GOOD | {"gap_closed": -1.0}, nothing) == []
+
+
+def test_everything_that_fails_is_named() -> None:
+    assert len(check_gate({"gap_closed": 0.0, "lost": {"kl_to_base": 9.0}}, GATE)) == 2

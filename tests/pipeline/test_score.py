@@ -1,0 +1,83 @@
+"""Metrics against the paper's rules, intervals, comparisons and calibration."""
+
+import numpy as np
+import pytest
+
+from pipeline.config import Evaluate
+from pipeline.score import calibrate, group_means, interval, make_report, substring_match, token_f1
+
+ENDS = ("closed_book", "adapter", "gold_passage")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answers", "match"),
+    [
+        ("It was built in 1874, by Rosa Lindqvist.", ["Rosa Lindqvist"], True),
+        ("It was built by the Rosa-Lindqvist company.", ["a Rosa Lindqvist"], True),
+        ("It was built by Rosa.", ["Rosa Lindqvist", "the Rosa"], True),
+        ("It was built by Ida Voss.", ["Rosa Lindqvist"], False),
+        ("", ["Rosa"], False),
+        ("Anything at all", ["the", "..."], False),
+    ],
+)
+def test_substring_match(reply: str, answers: list[str], match: bool) -> None:
+    assert substring_match(reply, answers) is match
+
+
+def test_token_f1_takes_the_best_answer() -> None:
+    assert token_f1("Rosa Lindqvist", ["rosa lindqvist!"]) == 1.0
+    assert token_f1("built by Rosa Lindqvist", ["Ida Voss", "Rosa Lindqvist"]) == pytest.approx(2 * 2 / 6)
+    assert token_f1("nothing", ["Rosa"]) == 0.0
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_questions() -> None:
+    settings = Evaluate(bootstrap_resamples=500)
+    low, high = interval([0.0, 1.0] * 20, settings)
+    assert 0.3 < low < 0.5 < high < 0.7
+    narrow = interval([0.0, 1.0] * 2000, settings)
+    assert narrow[1] - narrow[0] < (high - low) / 5
+    assert interval([1.0, 1.0], settings) == [1.0, 1.0]
+    assert interval([0.0, 1.0] * 20, settings) == [low, high]
+
+
+@pytest.mark.parametrize(("adapter", "closed"), [([1.0, 0.0, 1.0, 0.0], 0.5), ([1.0] * 4, 1.0), ([0.0] * 4, 0.0)])
+def test_gap_closed(adapter: list[float], closed: float) -> None:
+    points = {"closed_book": [0.0] * 4, "adapter": adapter, "gold_passage": [1.0] * 4}
+    report = make_report({arm: {"token_f1": points[arm]} for arm in ENDS}, "token_f1", Evaluate())
+    assert report["gap_closed"] == closed
+    assert report["comparisons"][0]["difference"] == closed
+    low, high = report["gap_closed_interval"]
+    assert low <= closed <= high and (high - low > 0) == (0 < closed < 1)
+
+
+def test_no_gap_gives_no_share() -> None:
+    report = make_report({arm: {"token_f1": [0.0, 1.0]} for arm in ENDS}, "token_f1", Evaluate())
+    assert report["gap_closed"] is None and report["gap_closed_interval"] is None
+
+
+def test_arms_are_compared_question_by_question() -> None:
+    """Two arms that differ on one question of 40 always by the same sign have a narrow interval around that."""
+    base = [0.0, 1.0] * 20
+    better = [1.0, *base[1:]]
+    points = {"closed_book": base, "sft": base, "adapter": better, "gold_passage": [1.0] * 40}
+    report = make_report({arm: {"token_f1": values} for arm, values in points.items()}, "token_f1", Evaluate())
+    assert list(report["scores"]) == ["closed_book", "sft", "adapter", "gold_passage"]
+    over_sft = next(row for row in report["comparisons"] if row["over"] == "sft")
+    assert over_sft["difference"] == pytest.approx(1 / 40)
+    assert 0 <= over_sft["interval"][0] < over_sft["interval"][1] < 0.1
+
+
+def test_calibration_of_one_who_is_as_sure_as_right_and_of_one_who_is_not() -> None:
+    rng = np.random.default_rng(0)
+    sure = rng.uniform(size=5000)
+    assert calibrate(sure.tolist(), (rng.uniform(size=5000) < sure).astype(float).tolist())["expected_error"] < 0.03
+    boaster = calibrate([0.9] * 10, [0.0] * 10)
+    assert boaster["expected_error"] == pytest.approx(0.9)
+    assert sum(each["count"] for each in boaster["bins"]) == 10
+
+
+def test_groups_stand_worst_first() -> None:
+    points = {arm: {"token_f1": [1.0, 0.0, 0.0]} for arm in ENDS}
+    rows = group_means("document", ["a", "a", "b"], points, "token_f1")
+    assert [(row["document"], row["questions"], row["adapter"]) for row in rows] == [("b", 1, 0.0), ("a", 2, 0.5)]
+    assert group_means("kind", ["", "", ""], points, "token_f1") == []
