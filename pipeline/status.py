@@ -60,10 +60,11 @@ def summarise(config: Config) -> dict[str, Any]:
     manifests = {name: Stage(config.run_dir, name, schema).require() for name, schema in SCHEMAS.items()}
     question, answer, kept = manifests["question"], manifests["answer"], manifests["filter"]
     stats, training, evaluation = answer["stats"], manifests["train"]["training"], manifests["evaluate"]
+    scores = evaluation.get("scores", {})
     answer_tokens = max(1, stats["output_tokens"])
     rejected: dict[str, dict[str, int]] = {n: m["rejected"] for n, m in manifests.items() if m["rejected"]}
     return {
-        "scores": {arm: evaluation["scores"][arm] for arm in ARMS if arm in evaluation["scores"]},
+        "scores": {arm: scores[arm] for arm in ARMS if arm in scores},
         "gap_closed": evaluation.get("gap_closed"),
         "kl_to_teacher": evaluation.get("kl_to_teacher"),
         "comparisons": evaluation.get("comparisons", []),
