@@ -1,0 +1,53 @@
+"""The README's table of measured figures, made from `benchmarks/results/`.
+
+    python -m benchmarks.readme
+
+In: the result files. Out: README.md with one row for every figure that was asked for, met or not. A test holds that the
+two agree.
+"""
+
+import json
+import sys
+from typing import Any
+
+from benchmarks.record import ROOT
+
+BEGIN, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- end of measured -->"
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+def with_table(readme: str) -> str:
+    """Return the README with the table as the result files have it."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no place for the table; put {BEGIN} and {END} where it belongs")
+    return f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
+
+
+def table() -> str:
+    """Return the Markdown table, in the order of the files' names."""
+    lines = ["| result | figure | measured | asked for | |", "| --- | --- | --- | --- | --- |"]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        mark = " (uncommitted changes)" if result["dirty"] else ""
+        name = f"`{path.stem}`, {result['date']}{mark}"
+        for claim in result["claims"]:
+            met = "met" if claim["met"] else "**not met**"
+            figures = f"{_short(claim['value'])} | {_short(claim['aim'])}"
+            lines.append(f"| {name} | {claim['name'].replace('_', ' ')} | {figures} | {met} |")
+            name = ""
+    return "\n".join([*lines, ""])
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
