@@ -77,7 +77,6 @@ def evaluate_adapter(config: Config, base: BaseModel, redo: bool = False) -> dic
         "model": base.identity(),
         "input": train.require()["data_digest"],
         "general": general.require()["data_digest"],
-        "previous": previous and previous.name,
     }
     if not stage.open(settings, redo):
         print("evaluate: up to date", file=sys.stderr)
