@@ -318,6 +318,8 @@ class Serve(Section):
     """Most replicas."""
     target_requests: int = Field(default=32, ge=1)
     """Requests at a time that one replica should have before another is started."""
+    idle_seconds: float = Field(default=600, ge=0)
+    """Seconds that the load must stay low before a replica is stopped."""
     max_requests: int = Field(default=64, ge=1)
     """Requests that a replica works on at a time."""
     max_queued: int = Field(default=256, ge=1)

@@ -67,6 +67,7 @@ def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
                     "min_replicas": settings.min_replicas,
                     "max_replicas": settings.max_replicas,
                     "target_ongoing_requests": settings.target_requests,
+                    "downscale_delay_s": settings.idle_seconds,
                 },
                 "max_ongoing_requests": settings.max_requests,
                 "max_queued_requests": settings.max_queued,
