@@ -30,7 +30,7 @@ from pipeline.held_out import (
 from pipeline.measure import measure_adapters
 from pipeline.prompts import declines, judge_chat, parse_grade, retrieval_question, student_chat
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, digest
-from pipeline.score import Points, calibrate, group_means, interval, make_report, substring_match, token_f1
+from pipeline.score import RIGHT, Points, calibrate, group_means, interval, make_report, substring_match, token_f1
 from pipeline.stage import start_ray
 from pipeline.store import Folder, Stage
 from pipeline.train import train_adapter
@@ -277,7 +277,9 @@ def _before_and_after(points: dict[str, list[float]], settings: Evaluate) -> dic
 
 
 def _write_answers(config: Config, stage: Stage, replies: Replies, points: Points, metric: str) -> None:
-    wrong = {q.passage_id for q, point in zip(replies.questions, points["adapter"][metric], strict=True) if point < 0.5}
+    wrong = {
+        q.passage_id for q, point in zip(replies.questions, points["adapter"][metric], strict=True) if point < RIGHT
+    }
     taught = _taught(config, wrong)
     lines = []
     for number, question in enumerate(replies.questions):
@@ -285,7 +287,7 @@ def _write_answers(config: Config, stage: Stage, replies: Replies, points: Point
         for arm, said in replies.arms.items():
             line[arm] = {"reply": said[number].text, "confidence": said[number].confidence}
             line[arm] |= {name: values[number] for name, values in points[arm].items()}
-        if points["adapter"][metric][number] < 0.5:
+        if points["adapter"][metric][number] < RIGHT:
             line["lineage"] = _nearest(question.question, taught.get(question.passage_id, []))
         lines.append(json.dumps(line, ensure_ascii=False))
     stage.folder.write_bytes("answers.jsonl", "\n".join([*lines, ""]).encode())

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from pipeline.config import Config
+from pipeline.score import RIGHT
 from pipeline.status import SCHEMAS, summarise
 from pipeline.store import Folder, Stage
 
@@ -42,7 +43,6 @@ METRICS = {
 }
 WORST_DOCUMENTS = 20
 EXAMPLES = 6  # of the right answers, and as many of the wrong ones
-RIGHT_F1 = 0.5  # token F1 from which a reply counts as right, where no other metric decides
 PASSAGE_CHARS = 1200
 CURVE_POINTS = 500
 
@@ -124,8 +124,8 @@ def _read_answers(folder: Folder) -> list[dict[str, Any]]:
 
 def choose_examples(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     """Return evenly spaced right and wrong answers of the adapter, and how many of each there are."""
-    right = [row for row in rows if row["adapter"][metric] >= RIGHT_F1]
-    wrong = [row for row in rows if row["adapter"][metric] < RIGHT_F1]
+    right = [row for row in rows if row["adapter"][metric] >= RIGHT]
+    wrong = [row for row in rows if row["adapter"][metric] < RIGHT]
 
     def pick(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [rows[int(n)] for n in np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows)))]
@@ -246,7 +246,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"ARMS": ARMS, "METRICS": METRICS, "WORST_DOCUMENTS": WORST_DOCUMENTS, "RIGHT_F1": RIGHT_F1}
+    environment.globals |= {"ARMS": ARMS, "METRICS": METRICS, "WORST_DOCUMENTS": WORST_DOCUMENTS, "RIGHT": RIGHT}
     environment.filters |= {
         "arm": _arm,
         "below": lambda source, folder: source.removeprefix(f"{folder}/") if folder else source,

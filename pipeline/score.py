@@ -25,6 +25,7 @@ COMPARED = (
     ("adapter_retrieval", "retrieval"),
     ("adapter", "gold_passage"),
 )
+RIGHT = 0.5  # points from which a reply counts as right; with token F1, half of the words
 CALIBRATION_BINS = 5
 
 Points = dict[str, dict[str, list[float]]]  # arm -> metric -> one number per question
