@@ -104,6 +104,7 @@ class _ChunkedLoss(torch.autograd.Function):
             losses[positions] = compared.loss
             if gradient is not None:
                 torch.mm(compared.gradient.to(weight.dtype), weight, out=gradient[positions])
+            del logits, compared  # before the next chunk's are made
         ctx.save_for_backward(gradient)
         return losses
 

@@ -197,7 +197,7 @@ class Stage:
         # Bytes of like significance side by side, and no dictionaries: a fifth less than Parquet's defaults.
         encoding = {SPLIT: "BYTE_STREAM_SPLIT"} if SPLIT.partition(".")[0] in schema.names else None
         pq.write_table(
-            table, buffer, compression="zstd", compression_level=9, use_dictionary=False, column_encoding=encoding
+            table, buffer, compression="zstd", compression_level=7, use_dictionary=False, column_encoding=encoding
         )
         data = buffer.getvalue()
         folder.write_bytes(name, data)
