@@ -100,7 +100,7 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         max_tokens = 24
         [evaluate]
         questions = "{folder}/questions.jsonl"
-        max_tokens = 16
+        max_tokens = 8
         baselines = ["raw_text"]
         judge = {{ max_tokens = 32 }}
         [publish]
@@ -333,8 +333,7 @@ def test_a_killed_driver_loses_and_repeats_nothing(finished: tuple[Path, dict, P
     config = write_config(tmp_path)
     run_dir = tmp_path / "run"
     began = [
-        run_dir / "question" / "units",
-        run_dir / "answer" / "units",
+        run_dir / "answer" / "units",  # the next shard's questions are being written then
         run_dir / "filter" / "units",
         run_dir / "train" / "checkpoints",
     ]
