@@ -60,7 +60,7 @@ WRITERS: dict[str, dict[str, Any]] = {
 def main() -> int:
     options = parse_options(__doc__, "store-size")
     config = load_written(options.config, options.overrides)
-    repeats, rescored = (2, 24) if options.quick else (5, 96)
+    repeats, rescored = (2, 8) if options.quick else (5, 96)
     torch.set_num_threads(config.cluster.worker_cpus)
     stage = Stage(config.run_dir, "answer", ANSWER)
     stored = pa.concat_tables(map(stage.read_shard, stage.shards())).combine_chunks()

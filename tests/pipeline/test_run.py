@@ -169,13 +169,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Path
 
 
 def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
-    _, result, _ = finished
+    folder, result, _ = finished
     arms = ["closed_book", "raw_text", "adapter", "retrieval", "adapter_retrieval", "gold_passage"]
     assert list(result["scores"]) == arms
     for scores in result["scores"].values():
         assert 0 <= scores["substring_match"] <= 1
         assert 0 <= scores["token_f1"] <= 1
         assert scores["judge_unparsable"] in (0, 1)
+    baseline = Stage(str(folder / "run"), "baseline-raw_text", ANSWER).require()["training"]
+    assert baseline["last_loss"] < baseline["first_loss"]
     assert result["lost"]["kl_to_base"] > 0 and result["lost"]["general_questions"]["count"] == 64
     counts = result["counts"]
     assert counts["documents"] == counts["passages"] == 2
@@ -339,7 +341,8 @@ def test_a_killed_driver_loses_and_repeats_nothing(finished: tuple[Path, dict, P
     ]
     committed: dict[str, str] = {}
     for folder in began:
-        process = start(config)
+        # Two workers, of which one resumes.
+        process = start(config, "run", "cluster.num_workers=2", "cluster.worker_cpus=1")
         wait_for_file(folder, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -142,16 +142,10 @@ def test_the_loss_falls_and_the_adapter_is_the_one_that_was_trained(
         assert trained < 0.8 * distance()
 
 
-@pytest.mark.parametrize(("num_workers", "settings"), [(2, {}), (2, {"zero_stage": 3})])
-def test_zero_stages_and_workers_take_the_same_steps(
-    reference: tuple[list[float], Path],
-    answered: Path,
-    tiny_model: Path,
-    tmp_path: Path,
-    num_workers: int,
-    settings: dict[str, Any],
+def test_two_workers_that_share_all_weights_take_the_same_steps(
+    reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    losses, _ = train(answered, tiny_model, tmp_path, num_workers, **settings)
+    losses, _ = train(answered, tiny_model, tmp_path, num_workers=2, zero_stage=3)
     np.testing.assert_allclose(losses, reference[0], rtol=0.05)
 
 
@@ -162,8 +156,3 @@ def test_the_online_teacher_agrees_with_the_stored_one(
     losses, _ = train(answered, tiny_model, tmp_path, teacher="online")
     assert (np.asarray(losses) >= 0.98 * np.asarray(reference[0])).all()
     assert np.corrcoef(losses, reference[0])[0, 1] > 0.85
-
-
-def test_hard_labels_train_too(local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path) -> None:
-    losses, _ = train(answered, tiny_model, tmp_path, teacher="sft")
-    assert losses[-1] < losses[0]
