@@ -37,6 +37,7 @@ from pipeline.train import train_adapter
 
 GENERAL_QUESTIONS = Path(__file__).with_name("general_questions.jsonl")
 LINEAGE_ROWS = 3
+GENERAL_TOKENS = 32  # of a reply to a general question: a capital, a number, or that there is no such thing
 
 
 class Reply(NamedTuple):
@@ -173,6 +174,7 @@ def _ask_everything(
     plain = [student_chat(question.question) for question in questions]
     found = [retrieval_chat(question.question) for question in questions]
     general = [student_chat(row["question"]) for row in general_questions()]
+    short = min(GENERAL_TOKENS, settings.max_tokens)
     others = [student_chat(question.question) for question in unrelated]
     with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
         local = {arm: source.copy_to(f"{folder}/{arm}") for arm, source in adapters.items()}
@@ -197,7 +199,7 @@ def _ask_everything(
             arms,
             gold,
             grades,
-            {arm: [reply.text for reply in ask(general, path)] for arm, path in both},
+            {arm: [reply.text for reply in ask(general, path, short)] for arm, path in both},
             {arm: [reply.text for reply in ask(others, path)] for arm, path in both},
         )
 
