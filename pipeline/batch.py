@@ -98,8 +98,9 @@ def samples_of(answers: pa.Table) -> list[Sample]:
 
 def topk_of(answers: pa.Table, num_answer_tokens: int) -> tuple[Tensor, Tensor]:
     """Return the stored top-k of all answer tokens: ids int64 [A, k] and log-probabilities float32 [A, k]."""
-    ids = np.asarray(answers["topk_ids"].combine_chunks().flatten()).reshape(num_answer_tokens, -1)
-    logprobs = np.asarray(answers["topk_logprobs"].combine_chunks().flatten()).reshape(num_answer_tokens, -1)
+    ids, logprobs = (np.asarray(answers[name].combine_chunks().flatten()) for name in ("topk_ids", "topk_logprobs"))
+    shape = (num_answer_tokens, len(ids) // max(1, num_answer_tokens))  # a worker without work has no answers
+    ids, logprobs = ids.reshape(shape), logprobs.reshape(shape)
     return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(logprobs.astype(np.float32))
 
 

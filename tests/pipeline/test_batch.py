@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.align import check_mask
-from pipeline.batch import Sample, pack, plan_epoch, plan_run, rows_in_order
+from pipeline.batch import Sample, pack, plan_epoch, plan_run, rows_in_order, topk_of
+from pipeline.schema import ANSWER
 
 samples_strategy = st.lists(
     st.tuples(st.integers(1, 30), st.integers(1, 20)).map(
@@ -39,6 +40,11 @@ def test_general_samples_take_their_share_and_their_turns() -> None:
     assert counts[80:].sum() == 3 * 20 and (counts[80:] == 3).all(), "each general sample before one comes again"
     without = plan_run(np.full(100, 50), 20, general_share=0.0, epochs=1, batch_tokens=512, row_tokens=256, seed=0)
     assert sorted(index for step in without for row in step for index in row) == list(range(80))
+
+
+def test_a_worker_without_work_has_a_batch_all_the_same() -> None:
+    ids, logprobs = topk_of(ANSWER.empty_table(), len(pack([], []).answer_index))
+    assert len(ids) == len(logprobs) == 0
 
 
 def test_padding_stays_under_five_percent() -> None:
