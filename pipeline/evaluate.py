@@ -69,8 +69,6 @@ def evaluate_adapter(config: Config, base: BaseModel, redo: bool = False) -> dic
         baseline = config.model_copy(update={"train": config.train.model_copy(update={"teacher": name})})
         train_adapter(baseline, base, redo, f"baseline-{name}")
         adapters[name] = Folder(config.run_dir) / f"baseline-{name}" / "adapter"
-    if previous := previous_version(config, base):
-        adapters["previous"] = previous
     settings = {
         "evaluate": config.evaluate.model_dump(exclude={"questions", "unrelated"}),
         "retrieval_passages": config.serve.retrieval_passages,
@@ -85,6 +83,8 @@ def evaluate_adapter(config: Config, base: BaseModel, redo: bool = False) -> dic
     import ray
 
     started = time.monotonic()
+    if previous := previous_version(config, base):
+        adapters["previous"] = previous
     print(f"evaluate: {len(questions)} questions, adapters {', '.join(adapters)}", file=sys.stderr)
     cluster = config.cluster
     start_ray(cluster)

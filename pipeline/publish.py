@@ -44,7 +44,6 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
             f"the adapter {config.publish.name} is not published: {'; '.join(failed)}. See "
             f"{Folder(config.run_dir)}/report.html; mend it, change publish.gate, or pass --force REASON"
         )
-    contents = _adapter_files(config)
     adapters = Folder(config.publish.registry) / config.publish.name
     version = version_of_run(config, base)
     manifest = (adapters / version).read_json(MANIFEST)
@@ -54,7 +53,7 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
             adapters,
             version,
             base,
-            contents | _index_files(config.run_dir),
+            _adapter_files(config) | _index_files(config.run_dir),
             probe=Probe(**evaluated["probe"]),
             run_id=trained["data_digest"],
             data_digest=trained["settings"]["input"],

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
-from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
+from pipeline import status
+from pipeline.schema import ANSWER
 from pipeline.store import Stage
 from tests.pipeline.test_parse import BAD
 from tests.serve.conftest import endpoint
@@ -30,14 +31,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".models" / "smollm2-135m-instruct"
-SCHEMAS = {
-    "dedup": DOCUMENT,
-    "chunk": PASSAGE,
-    "question": QUESTION,
-    "answer": ANSWER,
-    "filter": ANSWER,
-    "general": ANSWER,
-}
+SCHEMAS = {name: schema for name, schema in status.SCHEMAS.items() if name not in ("read", "train", "evaluate")}
 DEADLINE_S = 600.0
 
 DOCUMENTS = {
