@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.batch import AnswerData, Sample, pack, rows_in_order, samples_of, topk_of
+from pipeline.batch import AnswerData, Sample, pack, samples_of, topk_of
 from pipeline.config import Config
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.loss import Labels
@@ -17,7 +17,7 @@ from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
 from pipeline.student import Student
 
-NUM_CHECKED = 16
+NUM_CHECKED = 8
 # bf16 logits of size 20 differ by up to 0.06 between two implementations; a wrong template moves the mean by nats.
 MAX_MEAN_DIFFERENCE = 0.2
 
@@ -77,7 +77,7 @@ def check_alignment(config: Config, student: Student, device: torch.device) -> N
             )
     check_mask(samples)
     teacher = [Sample(prompt, s.answer_ids) for prompt, s in zip(prompts.of(answers), samples, strict=True)]
-    packed = pack(teacher, rows_in_order(teacher, 1024))
+    packed = pack(teacher, [1] * len(teacher))
     ids, logprobs = topk_of(answers, len(packed.answer_index))
     with student.adapter_off():
         now = -student(packed.to(device), Labels(ids[:, 0].to(device))).cpu()
