@@ -21,7 +21,7 @@ from pipeline.store import Folder
 from pipeline.student import add_adapter, continue_greedily, load_base
 
 QUESTION = "What do you know about the mill on the river?"
-NOISE = 0.08  # at rank 8: enough to change every answer from its first words on, not enough to lose all sense
+NOISE = 0.06  # at rank 8: enough to change every answer from its first words on, not enough to lose all sense
 
 
 def publish_random_adapters(registry: str, model_path: str, names: list[str], rank: int = 16, seed: int = 0) -> None:
