@@ -12,12 +12,12 @@ MODEL := .models/smollm2-135m-instruct
 # Named after the lock's content, so that a changed lock makes a new .venv and nothing else does.
 INSTALLED := .venv/.installed-$(shell cksum < $(LOCK) | tr ' ' '-')
 
-.PHONY: help setup demo serve test lint locks clean
+.PHONY: help setup demo serve test test-nodes lint locks clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## say what the targets do
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) $(MODEL)/model.safetensors ## .venv from the lock, and the embedded default model in .models
 
@@ -29,6 +29,9 @@ serve: setup ## serve the demo's adapter, and any other of its registry, until C
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-nodes: setup ## run the tests on several raylets, which `make test` leaves out
+	$(BIN)/python -m pytest -m nodes $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check .

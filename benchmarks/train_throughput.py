@@ -228,7 +228,7 @@ def train_trl(config: Config, request: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(config.cluster.worker_cpus)
     torch.manual_seed(config.train.seed)
-    data = AnswerData(training_tables(config))
+    data = AnswerData(*training_tables(config))
     tokenizer: Any = load_tokenizer(config.model.path)
     collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)
     seen: list[int] = []

@@ -132,7 +132,7 @@ def requests(config: Config, passages: pa.Table, questions: pa.Table) -> tuple[l
 
 def write_pipeline(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     """Run the answer stage on a run directory whose first unit is the small batch and all others the large one."""
-    from pipeline.stage import ray_session
+    from pipeline.stage import only, ray_session
     from pipeline.write import write
 
     passages, (small, large) = chosen(config, request["questions"])
@@ -148,7 +148,7 @@ def write_pipeline(config: Config, request: dict[str, Any]) -> dict[str, Any]:
         for stage in (chunk, question):
             stage.close(0)
         with ray_session():
-            write(config, load_base_model(config.model.path), stages=("answer",))
+            only(write([config], load_base_model(config.model.path), stages=("answer",)))
         units = Path(folder, "answer", "units")
         ends = [(units / f"{unit.name}.json").stat().st_mtime for unit in Stage(folder, "answer", ANSWER).units()]
         assert ends == sorted(ends), "units were not answered in order"

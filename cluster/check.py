@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.resources import demands, model_fits, unmet
 from pipeline.config import Config
+from pipeline.resources import demands, model_fits, unmet
 from pipeline.stage import CODE, NOT_CODE
 from pipeline.store import Folder
 
@@ -33,7 +33,7 @@ def check(config: Config, address: str | None) -> list[str]:
         found = []
         for demand in demands(config):
             print(f"{demand.stage}: {demand.count} x {demand.bundle}", file=sys.stderr)
-            found.append(unmet(demand, [node["Resources"] for node in nodes]))
+            found.append(unmet(demand, nodes))
         seen = {node["NodeManagerAddress"]: _on(node, _look, config.model.path) for node in nodes}
         for place, looking in seen.items():
             view: Any = ray.get(looking)

@@ -9,6 +9,7 @@ import asyncio
 import os
 import shlex
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from pipeline.stage import CODE, NOT_CODE
 
 DASHBOARD = "http://127.0.0.1:8265"
+POLL_S = 2.0
 PATHS = ("run_dir", "model.path", "read.paths", "evaluate.questions", "evaluate.unrelated", "publish.registry")
 
 
@@ -37,12 +39,16 @@ def submit(config: str, overrides: list[str], address: str | None, stop_on_inter
     print(f"job {job}: ray job logs --follow {job}", file=sys.stderr)
     try:
         asyncio.run(_follow(client, job))
+    except RuntimeError as error:
+        print(f"\nno more of the log ({error}); waiting for the job", file=sys.stderr)
     except KeyboardInterrupt:
         if not stop_on_interrupt:
             print(f"\nthe job goes on; to stop it: ray job stop {job}", file=sys.stderr)
             return 130
         client.stop_job(job)
-    status = client.get_job_info(job)
+    # The log may end before the job, and a job that was told to stop takes a while.
+    while not (status := client.get_job_info(job)).status.is_terminal():
+        time.sleep(POLL_S)
     if status.status != JobStatus.SUCCEEDED:
         print(f"job {job}: {status.status}: {status.message}", file=sys.stderr)
     return 0 if status.status == JobStatus.SUCCEEDED else status.driver_exit_code or 1

@@ -1,7 +1,8 @@
 """`python -m pipeline run CONFIG [section.key=value ...]`: documents in, adapter out; or one stage; or status, plan.
 
-In: a TOML file and overrides. Out: progress on stderr, and one JSON object as the last line of stdout.
-Exit code 0 if the work is done, 2 for bad input (one message, no traceback), 130 after Ctrl-C.
+In: a TOML file and overrides. Out: progress on stderr, and one JSON object as the last line of stdout; of a file with
+`corpora`, an object of objects. Exit code 0 if the work is done, 2 for bad input (a message, no traceback; it does not
+stop the other corpora), 130 after Ctrl-C.
 """
 
 import argparse
@@ -9,9 +10,10 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_configs
 
 STAGES = ("read", "chunk", "write", "filter", "train", "evaluate", "report", "publish")
 PARTS = ("question", "answer", "general")  # of write
@@ -28,87 +30,103 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", metavar="REASON", help="publish an adapter that is below publish.gate, and say why")
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.config, options.overrides)
+        configs = load_configs(options.config, options.overrides)
         # Stdout is for the result alone; DeepSpeed, among others, logs to it.
         with contextlib.redirect_stdout(sys.stderr):
-            result = _command(options, config)
+            results = _command(options, configs)
     except ValueError as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    print(json.dumps(result))
-    return 0
+    failed = {name: result for name, result in results.items() if isinstance(result, ValueError)}
+    for name, error in failed.items():
+        print(f"error: {name + ': ' if name else ''}{_message(error)}", file=sys.stderr)
+    if "" in failed:
+        return 2
+    shown = {name: {"error": _message(result)} if name in failed else result for name, result in results.items()}
+    print(json.dumps(shown.get("", {"corpora": shown})))
+    return 2 if failed else 0
 
 
-def _command(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[str, Any]:
+    """Return the result of every corpus by its name, or the ValueError that stands for it."""
     command = options.command
     if command == "status":
         from pipeline.status import read_status
 
-        return read_status(config)
+        return {name: read_status(config) for name, config in configs.items()}
     from pipeline.base_model import load_base_model
-    from pipeline.held_out import load_questions, read_questions
+    from pipeline.stage import attempt, ray_session
 
-    base = load_base_model(config.model.path)
-    load_questions(config.evaluate)
-    read_questions("evaluate.unrelated", config.evaluate.unrelated)
-    from pipeline.stage import ray_session
-    from pipeline.store import Folder
-
-    Folder(config.run_dir).write_json("config.json", config.model_dump())
+    base = load_base_model(next(iter(configs.values())).model.path)
+    results = {name: attempt(partial(_prepare, config)) for name, config in configs.items()}
     with ray_session():
-        if command == "plan":
-            from pipeline.plan import make_plan
-
-            return make_plan(config, base)
         for stage in STAGES if command == "run" else (command,):
-            result = _stage(stage, options)(config, base, options.redo)
+            left = [name for name, result in results.items() if not isinstance(result, ValueError)]
+            if left:
+                done = _stage(stage, options)([configs[name] for name in left], base, options.redo)
+                results |= zip(left, done, strict=True)
     if command == "run":
         from pipeline.status import summarise
 
-        return summarise(config) | {"adapter": result["uri"]}
-    return result
+        for name, published in results.items():
+            if not isinstance(published, ValueError):
+                results[name] = summarise(configs[name]) | {"adapter": published["uri"]}
+    return results
 
 
-def _stage(name: str, options: argparse.Namespace) -> Callable[[Config, Any, bool], dict[str, Any]]:
-    """Import a stage when its turn comes: torch and vLLM take seconds."""
+def _prepare(config: Config) -> None:
+    from pipeline.held_out import load_questions, read_questions
+    from pipeline.store import Folder
+
+    load_questions(config.evaluate)
+    read_questions("evaluate.unrelated", config.evaluate.unrelated)
+    Folder(config.run_dir).write_json("config.json", config.model_dump())
+
+
+def _stage(name: str, options: argparse.Namespace) -> Callable[[list[Config], Any, bool], list[Any]]:
+    """Return what does a stage of all corpora; imported when its turn comes, since torch and vLLM take seconds."""
     if name == "read":
         from pipeline.read import read_documents
 
-        return lambda config, base, redo: read_documents(
-            config.run_dir, config.read, config.cluster, config.max_reject_share, redo
-        )
+        return lambda configs, base, redo: read_documents(configs, redo)
     if name == "chunk":
         from pipeline.chunk import chunk_documents
 
-        return lambda config, base, redo: chunk_documents(
-            config.run_dir, config.chunk, base.path, config.cluster, config.max_reject_share, redo
-        )
+        return lambda configs, base, redo: chunk_documents(configs, redo)
     if name == "write" or name in PARTS:
         from pipeline.write import write
 
-        return lambda config, base, redo: write(config, base, redo, PARTS if name == "write" else (name,))
+        return lambda configs, base, redo: write(configs, base, redo, PARTS if name == "write" else (name,))
     if name == "filter":
         from pipeline.filter import filter_answers
 
-        return filter_answers
+        return lambda configs, base, redo: filter_answers(configs, redo)
     if name == "train":
-        from pipeline.train import train_adapter
+        from pipeline.train import train_adapters
 
-        return train_adapter
+        return train_adapters
     if name == "evaluate":
-        from pipeline.evaluate import evaluate_adapter
+        from pipeline.evaluate import evaluate_adapters
 
-        return evaluate_adapter
+        return evaluate_adapters
+    from pipeline.stage import attempt
+
+    if name == "plan":
+        from pipeline.plan import make_plan
+
+        return lambda configs, base, redo: [attempt(partial(make_plan, config, base)) for config in configs]
     if name == "report":
         from pipeline.report import write_report
 
-        return lambda config, base, redo: write_report(config)
+        return lambda configs, base, redo: [attempt(partial(write_report, config)) for config in configs]
     from pipeline.publish import publish_adapter
 
-    return lambda config, base, redo: publish_adapter(config, base, options.force)
+    return lambda configs, base, redo: [
+        attempt(partial(publish_adapter, config, base, options.force)) for config in configs
+    ]
 
 
 def _message(error: ValueError) -> str:

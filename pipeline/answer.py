@@ -12,6 +12,7 @@ import pyarrow as pa
 from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config
 from pipeline.engine import Completion, Engine, render_chat
+from pipeline.previous import PreviousRun
 from pipeline.prompts import prompts_digest, student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
 from pipeline.stage import Job
@@ -30,34 +31,37 @@ def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
         },
         questions.units,
         AnswerWriter,
-        {"run_dir": config.run_dir, "settings": config.answer},
+        {"run_dir": config.run_dir, "settings": config.answer, "previous_run": config.update.previous_run},
         config.max_reject_share,
     )
 
 
 class AnswerWriter:
-    """One unit is the questions about one shard of passages."""
+    """One unit is the questions about one shard of passages; those of a previous run keep their answers."""
 
-    def __init__(self, run_dir: str, settings: AnswerSection, engine: Engine) -> None:
+    def __init__(self, run_dir: str, settings: AnswerSection, engine: Engine, previous_run: str | None = None) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
         self._answers = Stage(run_dir, "answer", ANSWER)
         self._settings = settings
         self._engine = engine
+        self._previous = PreviousRun(previous_run)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
-        questions = self._questions.read_unit(unit["name"]).to_pylist()
+        kept = self._previous.rows("answer", [passage for passage in passages if self._previous.holds(passage)])
+        new = {row["passage_id"]: row for row in passages if not self._previous.holds(row)}
+        questions = [row for row in self._questions.read_unit(unit["name"]).to_pylist() if row["passage_id"] in new]
         before = self._engine.stats
-        table, rejected = answer_questions(
-            self._engine, {row["passage_id"]: row for row in passages}, questions, self._settings
-        )
+        written, rejected = answer_questions(self._engine, new, questions, self._settings)
+        table = pa.concat_tables([kept, written])
         stats = self._engine.stats.since(before) | {
+            "answer_tokens": float(len(table["answer_ids"].combine_chunks().flatten())),
             "unfinished": float(np.count_nonzero(np.asarray(table["finish_reason"]) == "length")),
             "tail_mass_sum": float(tail_mass(table, self._settings.top_k).sum()),
         }
         return self._answers.commit(
-            unit["name"], [table], rejected, len(questions) * self._settings.per_question, stats
+            unit["name"], [table], rejected, kept.num_rows + len(questions) * self._settings.per_question, stats
         )
 
 

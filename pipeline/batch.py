@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -59,15 +59,13 @@ class Packed:
 class AnswerData:
     """Random access to answers on local disk, memory-mapped: memory does not grow with their number."""
 
-    def __init__(self, tables: Iterable[pa.Table]) -> None:
-        """Copy the tables' rows into a temporary Arrow file; it lives as long as this object."""
+    def __init__(self, *groups: Iterable[pa.Table]) -> None:
+        """Copy the rows, group by group, into a temporary Arrow file; it lives as long as this object."""
         self._folder = tempfile.TemporaryDirectory(prefix="answers-")
         path = Path(self._folder.name) / "answers.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ANSWER) as writer:
-            for table in tables:
-                writer.write_table(table)
+            self.sizes = [sum(_write(writer, table) for table in group) for group in groups]
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self.num_general = int(np.count_nonzero(np.asarray(self.table["passage_id"]) == ""))
         self._prompt_tokens, self._answer_tokens = (
             np.asarray(pc.call_function("list_value_length", [self.table[name]]))
             for name in ("prompt_ids", "answer_ids")
@@ -89,6 +87,11 @@ class AnswerData:
         return self.table.take(pa.array(indices, pa.int64()))
 
 
+def _write(writer: Any, table: pa.Table) -> int:
+    writer.write_table(table)
+    return table.num_rows
+
+
 def samples_of(answers: pa.Table) -> list[Sample]:
     """The student's view of a few answers."""
     columns = (answers[name].combine_chunks() for name in ("prompt_ids", "answer_ids"))
@@ -106,25 +109,35 @@ def topk_of(answers: pa.Table, num_answer_tokens: int) -> tuple[Tensor, Tensor]:
 
 def plan_run(
     lengths: np.ndarray,
-    num_general: int,
-    general_share: float,
+    sizes: Sequence[int],
+    shares: Sequence[float],
     epochs: int,
     batch_tokens: int,
     row_tokens: int,
     seed: int,
 ) -> list[Step]:
-    """Plan all epochs; the last `num_general` samples are general ones.
+    """Plan all epochs over groups of samples that lie one behind the other, `sizes[i]` of them in group i.
 
-    An epoch has every other sample once, and so many general ones that they are `general_share` of its samples: the
-    next ones in a shuffled order that goes on from epoch to epoch, so that each is used before one is used twice.
+    An epoch has every sample of the first group once, and of each other group so many that they are its share of the
+    epoch's samples (`shares`, one less than `sizes`): the next ones in a shuffled order that goes on from epoch to
+    epoch, so that each is used before one is used twice.
     """
-    num_corpus = len(lengths) - num_general
-    wanted = round(general_share / (1 - general_share) * num_corpus) if num_general else 0
-    order = num_corpus + np.random.default_rng(seed).permutation(num_general)
+    starts = np.cumsum(sizes)
+    shares = [share if size else 0.0 for size, share in zip(sizes[1:], shares, strict=True)]
+    num_samples = sizes[0] / (1 - sum(shares))
+    generator = np.random.default_rng(seed)
+    turns = [
+        (start + generator.permutation(size), round(share * num_samples))
+        for start, size, share in zip(starts, sizes[1:], shares, strict=False)
+    ]
     steps = []
     for epoch in range(epochs):
-        general = np.take(order, np.arange(epoch * wanted, (epoch + 1) * wanted), mode="wrap")
-        samples = np.concatenate([np.arange(num_corpus), general])
+        picked = [
+            np.take(order, np.arange(epoch * wanted, (epoch + 1) * wanted), mode="wrap")
+            for order, wanted in turns
+            if wanted
+        ]
+        samples = np.concatenate([np.arange(sizes[0]), *picked])
         for step in plan_epoch(lengths[samples], batch_tokens, row_tokens, seed + epoch):
             steps.append([samples[row].tolist() for row in step])
     return steps

@@ -8,6 +8,7 @@ sentences and words. A word is cut only if it alone is longer than the limit.
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,10 @@ from markdown_it import MarkdownIt
 from semantic_text_splitter import MarkdownSplitter
 from tokenizers import Tokenizer
 
-from pipeline.config import Chunk, Cluster
+from pipeline.config import Chunk, Config
 from pipeline.dedup import UNSPACED
 from pipeline.schema import DOCUMENT, PASSAGE, Document, Passage, digest, to_table
-from pipeline.stage import Actors, Job, run_stage
+from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit
 
 WINDOW = 40  # characters, times max_tokens, split at once; the splitter's time is not linear
@@ -31,6 +32,7 @@ MAX_WORD_CHARS = 64
 
 BLOCKS = MarkdownIt("commonmark").disable("inline")
 INLINE = MarkdownIt("commonmark")
+MAYBE_HEADING = re.compile(r"^ {0,3}[#=-]", re.MULTILINE)
 INSIDE_WORD = re.compile(rf"[^\s{UNSPACED}]{{2}}")
 
 
@@ -41,6 +43,8 @@ class Heading(NamedTuple):
 
 def find_headings(text: str) -> list[Heading]:
     """Return the Markdown headings that stand outside of lists, quotes and code, in order."""
+    if not MAYBE_HEADING.search(text):
+        return []
     line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
     headings: list[Heading] = []
     above: list[tuple[int, str]] = []
@@ -159,24 +163,21 @@ class ChunkWorker:
             yield to_table(shard, PASSAGE)
 
 
-def chunk_documents(
-    run_dir: str,
-    config: Chunk,
-    tokenizer_path: str,
-    cluster: Cluster,
-    max_reject_share: float,
-    redo: bool = False,
-) -> dict[str, Any]:
-    """Run the stage `chunk` and return its manifest; the tokenizer is that of the base model."""
-    documents = Stage(run_dir, "dedup", DOCUMENT)
+def chunk_documents(configs: list[Config], redo: bool = False) -> list[Any]:
+    """Run the stage `chunk` of several corpora; return for each its manifest, or the ValueError."""
+    return run_alike([partial(chunk_job, config) for config in configs], Actors(configs[0].cluster), redo)
+
+
+def chunk_job(config: Config) -> Job:
+    """Describe the stage; it needs the complete stage `dedup`, and the tokenizer of the base model."""
+    documents = Stage(config.run_dir, "dedup", DOCUMENT)
     input_digest = documents.require()["data_digest"]
-    tokenizer = digest(Path(tokenizer_path, "tokenizer.json").read_bytes())
-    job = Job(
-        Stage(run_dir, "chunk", PASSAGE),
-        config.model_dump() | {"input": input_digest, "tokenizer": tokenizer},
+    tokenizer = digest(Path(config.model.path, "tokenizer.json").read_bytes())
+    return Job(
+        Stage(config.run_dir, "chunk", PASSAGE),
+        config.chunk.model_dump() | {"input": input_digest, "tokenizer": tokenizer},
         ({"name": f"{number:06d}", "shard": shard} for number, shard in enumerate(documents.shards())),
         ChunkWorker,
-        {"run_dir": run_dir, "config": config, "tokenizer_path": tokenizer_path},
-        max_reject_share,
+        {"run_dir": config.run_dir, "config": config.chunk, "tokenizer_path": config.model.path},
+        config.max_reject_share,
     )
-    return run_stage(job, Actors(cluster), redo)

@@ -24,6 +24,11 @@ def _absolute(path: str) -> str:
 
 # Workers have working directories of their own, so paths are settled here, once.
 Location = Annotated[str, AfterValidator(_absolute)]
+# Ray's label selectors: "H100", "!H100", "in(H100, H200)", "!in(H100, H200)".
+_LABEL = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
+LabelKey = Annotated[str, Field(pattern=rf"^({_LABEL}/)?{_LABEL}$")]
+LabelSelector = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
+CORPUS = "{corpus}"
 QuestionKind = Literal["fact", "definition", "detail", "comparison", "summary", "use"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
@@ -173,6 +178,24 @@ class FilterSection(Section):
     """Reject answers that speak of "the text" or "the passage", which the student would copy."""
     min_initial_kl: float | None = Field(default=None, ge=0)
     """Drop answers on which the closed-book model agrees with the teacher: mean KL per token, in nats, below this."""
+
+
+class Update(Section):
+    """Go on from an earlier run of the corpus, before some of its documents changed."""
+
+    previous_run: Location | None = None
+    """Its run directory: passages that stand there, too, keep their questions and answers, and its adapter is trained
+    on."""
+    replay_share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of answers about unchanged passages among the samples of every epoch, against forgetting."""
+    forget_removed: bool = False
+    """Asked about passages that are no longer there, the student learns to answer like the base model again."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Update":
+        if self.forget_removed and self.previous_run is None:
+            raise ValueError("forget_removed = true needs previous_run, to know what was removed; set it")
+        return self
 
 
 class Lora(Section):
@@ -360,6 +383,8 @@ class Cluster(Section):
     """GPUs per engine (tensor parallel size); 0: the CPU build."""
     engine_cpus: int = Field(default=2, ge=1)
     """CPU cores per engine; on the CPU build these are its compute threads."""
+    engine_labels: dict[LabelKey, LabelSelector] = {}
+    """Labels of the nodes that engines may run on, such as `{"ray.io/accelerator-type" = "in(L40S, H100)"}`."""
     kv_cache_gb: int = Field(default=2, ge=1)
     """Memory of a CPU engine for keys and values, in GiB."""
     gpu_memory_share: float = Field(default=0.9, gt=0, le=1)
@@ -370,7 +395,8 @@ class Cluster(Section):
     """GPUs per training worker; 0 trains on the CPU."""
     worker_cpus: int = Field(default=2, ge=1)
     """CPU cores per training worker."""
-
+    worker_labels: dict[LabelKey, LabelSelector] = {}
+    """Labels of the nodes that training workers may run on, such as `{"ray.io/market-type" = "!spot"}`."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Price of the whole cluster for an hour, in any currency; `plan` then says what the run costs."""
 
@@ -380,6 +406,9 @@ class Config(Section):
     """Folder or bucket URI that holds everything one run makes."""
     max_reject_share: float = Field(default=0.9, gt=0, le=1)
     """A stage that rejects a larger share of its rows stops the run."""
+    corpora: Location | None = None
+    """Folder of many corpora, one in each of its folders, that get an adapter each; `{corpus}` in any setting stands
+    for the folder's name."""
     model: Model
     read: Read
     publish: Publish
@@ -389,16 +418,32 @@ class Config(Section):
     general: General = General()
     filter: FilterSection = FilterSection()
     train: Train = Train()
+    update: Update = Update()
     evaluate: Evaluate = Evaluate()
     serve: Serve = Serve()
     cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.update.previous_run and self.general.share + self.update.replay_share >= 1:
+            raise ValueError(
+                f"general.share = {self.general.share} and update.replay_share = {self.update.replay_share} leave no "
+                "room for the corpus; lower one"
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides, whose values are TOML (bare words count as strings).
 
-    Raises ValueError with one line per wrong field.
+    Of a file for many corpora it gives the first one's: they differ in paths and names only. Raises ValueError with one
+    line per wrong field.
     """
+    return next(iter(load_configs(path, overrides).values()))
+
+
+def load_configs(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Config]:
+    """Like `load_config`, for every corpus by its name; a file without `corpora` is for a single one, named ""."""
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -408,9 +453,33 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _apply_override(data, override)
     try:
-        return Config.model_validate(data)
+        return {name: Config.model_validate(_fill_in(data, name)) for name in _corpora(data)}
     except ValidationError as error:
         raise ValueError("\n".join(f"{path}: {line}" for line in _describe(error))) from None
+
+
+def _corpora(data: dict[str, Any]) -> list[str]:
+    corpora = data.get("corpora")
+    if not isinstance(corpora, str):
+        return [""]
+    from pipeline.store import Folder
+
+    names = Folder(_absolute(corpora)).folders()
+    if not names:
+        raise ValueError(f"corpora = {corpora!r} has no folders; give the folder above those of the corpora")
+    for field in ("run_dir", "publish.name"):
+        section, _, key = field.rpartition(".")
+        if CORPUS not in str((data.get(section, {}) if section else data).get(key)):
+            raise ValueError(f"{field} must hold {CORPUS}, or all of corpora = {corpora!r} would have the same; add it")
+    return names
+
+
+def _fill_in(value: Any, corpus: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _fill_in(item, corpus) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fill_in(item, corpus) for item in value]
+    return value.replace(CORPUS, corpus) if corpus and isinstance(value, str) else value
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

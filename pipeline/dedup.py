@@ -1,20 +1,24 @@
 """Documents -> Documents, each distinct text once; near-duplicates go too where a threshold is set.
 
-In: the stage `read`. Out: the stage `dedup`. The driver compares ids and, for near-duplicates, MinHash
-signatures; text stays in the workers. Of several equals the first in order stays.
+In: the stage `read`. Out: the stage `dedup`. The driver compares ids, a part of them at a time; text stays in the
+workers. Of several equals the first in order stays. Near-duplicates need the MinHash signatures of all documents in the
+driver's memory, about 4 KB each: that is for corpora of up to some hundred thousand.
 """
 
+import contextlib
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 from datasketch import LeanMinHash, MinHash, MinHashLSH
 
-from pipeline.config import Cluster
+from pipeline.config import Config
 from pipeline.schema import DOCUMENT, Rejected
-from pipeline.stage import Actors, Job, run_stage
+from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
 # Scripts that put no spaces between words, their punctuation, and emoji.
@@ -22,12 +26,15 @@ UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\u
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128
+PART_ROWS = 1 << 15  # of which the driver holds the ids at a time, in about 3 MB
+MAX_PARTS = 256  # files that are open at a time
 HASH_BATCH = 8192  # shingles hashed together: 8 MB per temporary array of datasketch
 
 
-def drop_duplicates(run_dir: str, threshold: float | None, cluster: Cluster, redo: bool = False) -> dict[str, Any]:
-    """Run the stage `dedup` and return its manifest; ValueError if `read` is not complete."""
-    job = Job(
+def dedup_job(config: Config) -> Job:
+    """Describe the stage; it needs the complete stage `read`."""
+    run_dir, threshold = config.run_dir, config.read.near_duplicate_threshold
+    return Job(
         Stage(run_dir, "dedup", DOCUMENT),
         {
             "input": Stage(run_dir, "read", DOCUMENT).require()["data_digest"],
@@ -37,7 +44,6 @@ def drop_duplicates(run_dir: str, threshold: float | None, cluster: Cluster, red
         DedupWorker,
         {"run_dir": run_dir},  # without a limit on rejects: a corpus of many duplicates is no fault
     )
-    return run_stage(job, Actors(cluster), redo)
 
 
 class DedupWorker:
@@ -61,53 +67,82 @@ def plan_units(run_dir: str, threshold: float | None) -> Iterator[dict[str, Any]
     """Yield a unit per shard of `read`: its rows to drop, each with the source of the row kept instead."""
     stage = Stage(run_dir, "read", DOCUMENT)
     shards = stage.shards()
-    columns = [stage.read_shard(shard, ["doc_id"])["doc_id"] for shard in shards]
-    starts = np.cumsum([0, *map(len, columns)])
-    # Large strings: the ids of 67 million documents pass the 2 GiB that one array of strings can hold.
-    ids = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
-    codes = ids.cast(pa.large_string()).combine_chunks().dictionary_encode().indices.to_numpy()
-    first = np.unique(codes, return_index=True)[1][codes]  # [row] -> first row with this id
-    rows = np.arange(len(first))
-    near = rows if threshold is None else _match_near(run_dir, shards, first == rows, threshold)
-    kept = near[first]  # [row] -> the row that stays in its place
-    spans = list(zip(shards, starts, starts[1:], strict=False))
-    stays = np.unique(kept[kept != rows])
+    starts, copies = _find_copies(stage, shards)
+    near = np.empty((0, 2), np.int64) if threshold is None else _find_near(run_dir, shards, copies[:, 0], threshold)
+    # A copy of a near-duplicate gives way to the row that this one gives way to.
+    index = np.searchsorted(near[:, 0], copies[:, 1])
+    is_near = np.isin(copies[:, 1], near[:, 0])
+    copies[is_near, 1] = near[index[is_near], 1]
+    dropped = np.concatenate([copies, near])
+    reasons = np.repeat(["duplicate", "near_duplicate"], [len(copies), len(near)])
+    order = np.argsort(dropped[:, 0])
+    dropped, reasons = dropped[order], reasons[order]
     sources: dict[int, str] = {}
-    for shard, start, end in spans:
-        if len(here := stays[(stays >= start) & (stays < end)]):
+    stays = np.unique(dropped[:, 1])
+    for shard, start, here in zip(shards, starts, _split_rows(stays, starts), strict=False):
+        if len(here):
             column = stage.read_shard(shard, ["source"])["source"]
             sources.update(zip(here.tolist(), column.take(here - start).to_pylist(), strict=True))
-    for number, (shard, start, end) in enumerate(spans):
+    ends = np.searchsorted(dropped[:, 0], starts)
+    for number, (shard, start) in enumerate(zip(shards, starts, strict=False)):
+        here = slice(ends[number], ends[number + 1])
         drop = [
-            [
-                int(row - start),
-                "near_duplicate" if first[row] == row else "duplicate",
-                sources[int(kept[row])],
-            ]
-            for row in start + np.flatnonzero(kept[start:end] != rows[start:end])
+            [int(row - start), str(reason), sources[int(kept)]]
+            for (row, kept), reason in zip(dropped[here], reasons[here], strict=True)
         ]
         yield {"name": f"{number:06d}", "shard": shard, "drop": drop}
 
 
-def _match_near(run_dir: str, shards: list[str], is_first: np.ndarray, threshold: float) -> np.ndarray:
-    """Return for each row the earlier, kept row that it nearly repeats, or itself."""
+def _split_rows(rows: np.ndarray, starts: np.ndarray) -> list[np.ndarray]:
+    return np.split(rows, np.searchsorted(rows, starts[1:-1]))
+
+
+def _find_copies(stage: Stage, shards: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first row of every shard, and all rows with an earlier row's id: [copies, (row, first row)].
+
+    The ids are parted into files by some of their bits, so that no two parts share one, and compared part by part.
+    """
+    num_parts = min(MAX_PARTS, 1 + stage.require()["rows_out"] // PART_ROWS)
+    starts, copies = [0], [np.empty((0, 2), np.int64)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(Path(folder, str(number)).open("w+b")) for number in range(num_parts)]
+        for shard in shards:
+            ids = stage.read_shard(shard, ["doc_id"])["doc_id"].to_pylist()
+            words = np.frombuffer(bytes.fromhex("".join(ids)), np.int64).reshape(-1, 2)
+            rows = np.column_stack([words, np.arange(starts[-1], starts[-1] + len(ids))])  # [rows, (id, id, row)]
+            starts.append(starts[-1] + len(ids))
+            for number, part in enumerate(parts):
+                part.write(rows[words[:, 0] % num_parts == number].tobytes())
+        for part in parts:
+            part.seek(0)
+            rows = np.frombuffer(part.read(), np.int64).reshape(-1, 3)
+            rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
+            is_copy = np.append(False, (rows[1:, :2] == rows[:-1, :2]).all(axis=1))[: len(rows)]
+            first = np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(rows))))
+            copies.append(np.column_stack([rows[:, 2], rows[first, 2]])[is_copy])
+    found = np.concatenate(copies)
+    return np.array(starts), found[np.argsort(found[:, 0])]
+
+
+def _find_near(run_dir: str, shards: list[str], copies: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the rows, copies left out, that nearly repeat an earlier, kept one: [rows, (row, kept row)]."""
     import ray
 
     index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
     kept: dict[int, LeanMinHash] = {}
-    near = np.arange(len(is_first))
+    near, left_out = [], set(copies.tolist())
     tasks = [ray.remote(_sign_shard).remote(run_dir, shard) for shard in shards]
     signatures = (signature for task in tasks for signature in ray.get(task))
     for row, signature in enumerate(signatures):
-        if not is_first[row]:
+        if row in left_out:
             continue
         found = (cast(int, other) for other in index.query(signature))
         if same := [other for other in found if signature.jaccard(kept[other]) >= threshold]:
-            near[row] = min(same)
+            near.append((row, min(same)))
         else:
             kept[row] = signature
             index.insert(row, signature)
-    return near
+    return np.array(near, np.int64).reshape(-1, 2)
 
 
 def _sign_shard(run_dir: str, shard: str) -> list[LeanMinHash]:

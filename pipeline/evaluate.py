@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.base_model import BaseModel
-from pipeline.config import Config, Evaluate, Judge, Sampling
+from pipeline.config import Config, Evaluate, Judge, Sampling, Update
 from pipeline.held_out import (
     TestQuestion,
     by_id,
@@ -31,9 +32,9 @@ from pipeline.measure import measure_adapters
 from pipeline.prompts import declines, judge_chat, parse_grade, retrieval_question, student_chat
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, digest
 from pipeline.score import RIGHT, Points, calibrate, group_means, interval, make_report, substring_match, token_f1
-from pipeline.stage import start_ray
+from pipeline.stage import attempt, start_ray
 from pipeline.store import Folder, Stage
-from pipeline.train import train_adapter
+from pipeline.train import train_adapters
 
 GENERAL_QUESTIONS = Path(__file__).with_name("general_questions.jsonl")
 LINEAGE_ROWS = 3
@@ -58,16 +59,66 @@ class Replies(NamedTuple):
     unrelated: dict[str, list[str]]
 
 
-def evaluate_adapter(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
-    """Run the stage and return its manifest, whose `scores` are empty if there are no questions."""
+class Task(NamedTuple):
+    """One corpus to evaluate."""
+
+    config: Config
+    stage: Stage
+    questions: list[TestQuestion]
+    unrelated: list[TestQuestion]
+    adapters: dict[str, Folder]  # by arm
+
+
+def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False) -> list[Any]:
+    """Run the stage of several corpora, in one engine; return for each its manifest, or the ValueError.
+
+    Where there are no questions, a manifest's `scores` are empty.
+    """
+    failed: dict[int, ValueError] = {}
+    for name in configs[0].evaluate.baselines:
+        baselines = []
+        for config in configs:
+            train_config = config.train.model_copy(update={"teacher": name})
+            baselines.append(config.model_copy(update={"train": train_config, "update": Update()}))
+        trained = enumerate(train_adapters(baselines, base, redo, f"baseline-{name}"))
+        failed |= {number: done for number, done in trained if isinstance(done, ValueError)}
+    outcomes = [failed.get(n) or attempt(partial(_open, config, base, redo)) for n, config in enumerate(configs)]
+    tasks = {number: outcome for number, outcome in enumerate(outcomes) if isinstance(outcome, Task)}
+    if tasks:
+        import ray
+
+        started = time.monotonic()
+        cluster = configs[0].cluster
+        start_ray(cluster)
+        # A process of its own for each, so that its memory is free again for the next.
+        asker = ray.remote(
+            num_cpus=cluster.engine_cpus,
+            num_gpus=cluster.engine_gpus,
+            label_selector=dict(cluster.engine_labels),
+            max_calls=1,
+        )(_ask_all)
+        replies: list[Any] = ray.get(asker.remote(list(tasks.values())))
+        measurer = ray.remote(
+            num_cpus=cluster.worker_cpus,
+            num_gpus=cluster.worker_gpus,
+            label_selector=dict(cluster.worker_labels),
+            max_calls=1,
+        )(_measure_all)
+        measured: list[Any] = ray.get(measurer.remote(list(tasks.values()), base.path, replies))
+        seconds = (time.monotonic() - started) / len(tasks)
+        for (number, task), said, found in zip(tasks.items(), replies, measured, strict=True):
+            outcomes[number] = said if isinstance(said, ValueError) else _close(task, said, found, seconds)
+    return outcomes
+
+
+def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
+    """Return what is to be evaluated, or the manifest if nothing is."""
     train, general = Stage(config.run_dir, "train", ANSWER), Stage(config.run_dir, "general", ANSWER)
     stage = Stage(config.run_dir, "evaluate", ANSWER)
     questions = load_questions(config.evaluate) or held_out_questions(config)
     unrelated = read_questions("evaluate.unrelated", config.evaluate.unrelated)
     adapters = {"adapter": train.folder / "adapter"}
     for name in config.evaluate.baselines:
-        baseline = config.model_copy(update={"train": config.train.model_copy(update={"teacher": name})})
-        train_adapter(baseline, base, redo, f"baseline-{name}")
         adapters[name] = Folder(config.run_dir) / f"baseline-{name}" / "adapter"
     settings = {
         "evaluate": config.evaluate.model_dump(exclude={"questions", "unrelated"}),
@@ -80,27 +131,21 @@ def evaluate_adapter(config: Config, base: BaseModel, redo: bool = False) -> dic
     if not stage.open(settings, redo):
         print("evaluate: up to date", file=sys.stderr)
         return stage.require()
-    import ray
-
-    started = time.monotonic()
     if previous := previous_version(config, base):
         adapters["previous"] = previous
     print(f"evaluate: {len(questions)} questions, adapters {', '.join(adapters)}", file=sys.stderr)
-    cluster = config.cluster
-    start_ray(cluster)
-    # A process of its own for each, so that its memory is free again for the next.
-    asker = ray.remote(num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, max_calls=1)(_ask_everything)
-    replies = ray.get(asker.remote(config, questions, unrelated, adapters))
-    measurer = ray.remote(num_cpus=cluster.worker_cpus, num_gpus=cluster.worker_gpus, max_calls=1)(measure_adapters)
-    measured = ray.get(measurer.remote(config, base.path, replies.gold, adapters))
-    report: dict[str, Any] = {"scores": {}, "questions": len(questions)}
-    if questions:
-        report |= _score(config, replies, stage)
-    lost = _lost(replies, unrelated, config.evaluate)
+    return Task(config, stage, questions, unrelated, adapters)
+
+
+def _close(task: Task, replies: Replies, measured: dict[str, Any], seconds: float) -> dict[str, Any]:
+    report: dict[str, Any] = {"scores": {}, "questions": len(task.questions)}
+    if task.questions:
+        report |= _score(task.config, replies, task.stage)
+    lost = _lost(replies, task.unrelated, task.config.evaluate)
     lost |= {"kl_to_base": measured["kl_to_base"].get("adapter"), "prompts": measured.pop("general_prompts")}
     report |= measured | {"lost": lost}
-    stage.folder.write_json("report.json", report)
-    return stage.close(time.monotonic() - started, report)
+    task.stage.folder.write_json("report.json", report)
+    return task.stage.close(seconds, report)
 
 
 def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
@@ -136,11 +181,35 @@ def previous_version(config: Config, base: BaseModel) -> Folder | None:
     return None
 
 
+def _ask_all(tasks: list[Task]) -> list[Any]:
+    """Return the `Replies` to every task, or the ValueError."""
+    from pipeline.engine import Engine
+
+    config = tasks[0].config
+    folders = [folder for task in tasks for folder in task.adapters.values()]
+    rank = max(folder.read_json("adapter_config.json")["r"] for folder in folders)
+    engine = Engine(config.model, config.cluster, config.answer.top_k, rank)
+    return [attempt(partial(_ask_everything, engine, *task)) for task in tasks]
+
+
+def _measure_all(tasks: list[Task], base_path: str, replies: list[Any]) -> list[Any]:
+    """Return what `measure_adapters` does of every task that has replies, and None of the others."""
+    return [
+        None if isinstance(said, ValueError) else measure_adapters(task.config, base_path, said.gold, task.adapters)
+        for task, said in zip(tasks, replies, strict=True)
+    ]
+
+
 def _ask_everything(
-    config: Config, questions: list[TestQuestion], unrelated: list[TestQuestion], adapters: dict[str, Folder]
+    engine: Any,
+    config: Config,
+    stage: Stage,
+    questions: list[TestQuestion],
+    unrelated: list[TestQuestion],
+    adapters: dict[str, Folder],
 ) -> Replies:
     from pipeline.answer import answer_questions
-    from pipeline.engine import Engine, render_chat
+    from pipeline.engine import render_chat
     from pipeline.retrieve import PassageIndex, corpus_passages
 
     settings = config.answer.model_copy(
@@ -149,8 +218,6 @@ def _ask_everything(
     documents, passages = Stage(config.run_dir, "dedup", DOCUMENT), Stage(config.run_dir, "chunk", PASSAGE)
     index = PassageIndex.build(corpus_passages(documents, passages))
     questions = [_locate(question, index) for question in questions]
-    ranks = [folder.read_json("adapter_config.json")["r"] for folder in adapters.values()]
-    engine = Engine(config.model, config.cluster, settings.top_k, adapter_rank=max(ranks))
 
     def ask(chats: list[Any], adapter: str | None, max_tokens: int = settings.max_tokens) -> list[Reply]:
         prompts = [render_chat(engine.tokenizer, chat) for chat in chats]

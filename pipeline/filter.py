@@ -5,28 +5,44 @@ Questions that are held out for evaluation, and those that nearly repeat one, ar
 measured here, because only here it is known which questions and answers remain.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.base_model import BaseModel
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
 from pipeline.prompts import content_words, normalise, sentences, speaks_of_text
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
-from pipeline.stage import Actors, Job, run_stage
+from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit
 
 TOUCHED_SHARE = 0.5  # of a sentence's content words stand in one question and its answer
 
 
-def filter_answers(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
-    """Run the stage and return its manifest; it needs the complete answer stage."""
+def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:
+    """Run the stage of several corpora; return for each its manifest, or the ValueError."""
+    cluster = configs[0].cluster
+    if configs[0].filter.min_initial_kl is None:
+        actors = Actors(cluster, cluster.num_engines)
+    else:
+        actors = Actors(
+            cluster,
+            cluster.num_workers,
+            cluster.worker_cpus,
+            cluster.worker_gpus,
+            labels=cluster.worker_labels,
+        )
+    return run_alike([partial(filter_job, config) for config in configs], actors, redo)
+
+
+def filter_job(config: Config) -> Job:
+    """Describe the stage; it needs the complete answer stage."""
     answers = Stage(config.run_dir, "answer", ANSWER)
     held_out = hold_out(config)
     needs_model = config.filter.min_initial_kl is not None
-    job = Job(
+    return Job(
         Stage(config.run_dir, "filter", ANSWER),
         {
             "filter": config.filter.model_dump(),
@@ -46,13 +62,6 @@ def filter_answers(config: Config, base: BaseModel, redo: bool = False) -> dict[
         },
         config.max_reject_share,
     )
-    cluster = config.cluster
-    actors = (
-        Actors(cluster, cluster.num_workers, cluster.worker_cpus, cluster.worker_gpus)
-        if needs_model
-        else Actors(cluster, cluster.num_engines)
-    )
-    return run_stage(job, actors, redo)
 
 
 class AnswerFilter:

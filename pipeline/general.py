@@ -3,21 +3,23 @@
 In: the base model. Out: answers without a passage, with the base model's own top-k. It writes the prompts itself: given
 the chat template up to where a user's words would stand, an instruct model continues with such words (Magpie, Xu et al.
 2024). Training mixes them in, so that the student stays the base model where the corpus has no say; the unit `held-out`
-is for measuring how far it moved.
+is for measuring how far it moved. Where a corpus lost passages, the questions about them are answered likewise.
 """
 
 from typing import Any
 
 from pipeline.answer import answer_table, tail_mass
 from pipeline.base_model import BaseModel
-from pipeline.config import Config, General
+from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Engine, render_chat, render_user_opening
+from pipeline.previous import PreviousRun, previous_settings, split_rows
 from pipeline.prompts import normalise, student_chat
-from pipeline.schema import ANSWER, REASONS, Rejected, digest, seed_of
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
 HELD_OUT = "held-out"
+FORGOTTEN = "forgotten"
 UNIT_PROMPTS = 128
 SPARE = 2  # prompts sampled for each one wanted: some are empty, cut off, or there already
 
@@ -82,6 +84,55 @@ class GeneralWriter:
         table = answer_table(rows, replies)
         stats = engine.stats.since(before) | {"tail_mass_sum": float(tail_mass(table, self._top_k).sum())}
         return self._stage.commit(unit["name"], [table], rejected, len(sampled), stats)
+
+
+def forgotten_job(config: Config, base: BaseModel) -> Job:
+    """Describe the stage `forgotten`: questions about removed passages, as the base model alone answers them."""
+    previous_run = config.update.previous_run
+    assert previous_run is not None
+    return Job(
+        Stage(config.run_dir, FORGOTTEN, ANSWER),
+        {
+            "answer": config.answer.model_dump(),
+            "model": base.identity(),
+            "input": Stage(config.run_dir, "chunk", PASSAGE).require()["data_digest"],
+            **previous_settings(config, base),
+        },
+        [{"name": shard.removesuffix(".parquet")} for shard in Stage(previous_run, "chunk", PASSAGE).shards()],
+        ForgottenWriter,
+        {"run_dir": config.run_dir, "previous_run": previous_run, "settings": config.answer},
+    )
+
+
+class ForgottenWriter:
+    """One unit is one shard of the previous run's passages, of which it takes those that are not there any more."""
+
+    def __init__(self, run_dir: str, previous_run: str, settings: AnswerSection, engine: Engine) -> None:
+        self._stage = Stage(run_dir, FORGOTTEN, ANSWER)
+        self._passages = Stage(previous_run, "chunk", PASSAGE)
+        self._questions = Stage(previous_run, "question", QUESTION)
+        self._now = PreviousRun(run_dir)
+        self._settings = settings
+        self._engine = engine
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        engine, settings, before = self._engine, self._settings, self._engine.stats
+        passages = self._passages.read_shard(f"{unit['name']}.parquet")
+        questions, _ = split_rows(self._questions.read_unit(unit["name"]), passages, self._now)
+        rows = []
+        for question in questions.to_pylist():
+            prompt = render_chat(engine.tokenizer, student_chat(question["text"]))
+            rows.append((digest(FORGOTTEN, question["question_id"]), question["question_id"], "", prompt))
+        replies = engine.complete(
+            [prompt for *_, prompt in rows],
+            seed_of(FORGOTTEN, unit["name"], settings.seed),
+            settings,
+            settings.max_tokens,
+            settings.top_k,
+        )
+        return self._stage.commit(
+            unit["name"], [answer_table(rows, replies)], [], len(rows), engine.stats.since(before)
+        )
 
 
 def _reason(text: str, finish_reason: str, seen: set[str], is_full: bool) -> REASONS | None:

@@ -7,13 +7,14 @@ which questions must not be trained on: those held out, and those that nearly re
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import Config, Evaluate
+from pipeline.previous import PreviousRun, split_rows
 from pipeline.prompts import normalise, titled
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.store import Stage, open_uri
@@ -75,13 +76,27 @@ def hold_out(config: Config) -> HeldOut:
     if settings.questions is not None:
         texts = [question.question for question in load_questions(settings.model_copy(update={"max_questions": None}))]
         return HeldOut(frozenset(), texts, settings.near_duplicate_threshold)
-    questions = Stage(config.run_dir, "question", QUESTION)
-    count = min(settings.held_out, questions.require()["rows_out"] // 10)
+    count = min(settings.held_out, Stage(config.run_dir, "question", QUESTION).require()["rows_out"] // 10)
     chosen: list[tuple[str, str]] = []
-    for shard in questions.shards():
-        columns = questions.read_shard(shard, ["question_id", "text"]).to_pydict()
+    for table in _untrained_questions(config):
+        columns = table.to_pydict()
         chosen = heapq.nsmallest(count, [*chosen, *zip(columns["question_id"], columns["text"], strict=True)])
     return HeldOut(frozenset(i for i, _ in chosen), [text for _, text in chosen], settings.near_duplicate_threshold)
+
+
+def _untrained_questions(config: Config) -> Iterator[pa.Table]:
+    """Yield the written questions, without those that the adapter of a previous run was trained on."""
+    questions, passages = Stage(config.run_dir, "question", QUESTION), Stage(config.run_dir, "chunk", PASSAGE)
+    columns = ["question_id", "passage_id", "text"]
+    if config.update.previous_run is None:
+        yield from (questions.read_shard(shard, columns) for shard in questions.shards())
+        return
+    previous = PreviousRun(config.update.previous_run)
+    kept_before = pa.array(sorted(values_of(_held_out_answers(config.update.previous_run), "question_id")), pa.string())
+    for unit in questions.units():
+        rows = questions.read_unit(unit.name).select(columns)
+        new, old = split_rows(rows, passages.read_shard(f"{unit.name}.parquet"), previous)
+        yield pa.concat_tables([new, old.filter(pc.field("question_id").isin(kept_before))])
 
 
 class NearQuestions:
@@ -106,15 +121,11 @@ class NearQuestions:
 
 def held_out_questions(config: Config) -> list[TestQuestion]:
     """Return the written questions that `filter` kept from training; the stored answer is the accepted one."""
-    names = ("filter", "answer", "question", "chunk", "dedup")
-    schemas = (ANSWER, ANSWER, QUESTION, PASSAGE, DOCUMENT)
-    kept, answers, questions, passages, documents = map(Stage, [config.run_dir] * 5, names, schemas)
-    rejected = kept.read_rejected()
-    ids = set(rejected.filter(pc.field("reason") == "held_out")["record_id"].to_pylist())
-    if not ids:
+    schemas = {"question": QUESTION, "chunk": PASSAGE, "dedup": DOCUMENT}
+    questions, passages, documents = (Stage(config.run_dir, name, schema) for name, schema in schemas.items())
+    found = list(by_id(_held_out_answers(config.run_dir)).values())  # one answer for each question
+    if not found:
         return []
-    found = rows_where(answers, ["question_id", "answer_id", "passage_id", "text"], "answer_id", ids)
-    found = list(by_id(found).values())  # one answer for each question
 
     def look_up(stage: Stage, columns: list[str], rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return by_id(rows_where(stage, columns, columns[0], values_of(rows, columns[0])))
@@ -132,6 +143,13 @@ def held_out_questions(config: Config) -> list[TestQuestion]:
             )
         )
     return result[: config.evaluate.max_questions]
+
+
+def _held_out_answers(run_dir: str) -> list[dict[str, Any]]:
+    rejected = Stage(run_dir, "filter", ANSWER).read_rejected()
+    ids = set(rejected.filter(pc.field("reason") == "held_out")["record_id"].to_pylist())
+    columns = ["question_id", "answer_id", "passage_id", "text"]
+    return rows_where(Stage(run_dir, "answer", ANSWER), columns, "answer_id", ids) if ids else []
 
 
 def rows_where(stage: Stage, columns: list[str], key: str, wanted: set[str]) -> list[dict[str, Any]]:

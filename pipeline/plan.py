@@ -1,75 +1,180 @@
-"""Predict tokens, storage, time and money of a run from a sample of its passages.
+"""Predict tokens, storage, time and money of a run from a sample of its passages, or say why it cannot fit.
 
-In: a config. Out: one JSON object. Reading and chunking are done in full, since they cost little and the run uses them;
-a few passages then go through the real stages in RUN/plan, and what was measured is scaled to all of them.
+In: a config. Out: one JSON object, or ValueError with the number that is too small. Reading and chunking are done in
+full, since they cost little and the run uses them; a few passages then go through the real stages in RUN/plan, and what
+was measured is scaled to all of them. An update of an earlier run is planned as if all of it were new.
 """
 
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from scipy.optimize import nnls
 
 from pipeline.base_model import BaseModel
 from pipeline.chunk import chunk_documents
-from pipeline.config import Config
+from pipeline.config import Config, Update
+from pipeline.engine import load_tokenizer, render_chat
+from pipeline.evaluate import general_questions
 from pipeline.filter import filter_answers
+from pipeline.held_out import load_questions, read_questions
+from pipeline.prompts import question_chat, teacher_chat
 from pipeline.read import read_documents
-from pipeline.schema import PASSAGE
-from pipeline.store import Folder, Stage
-from pipeline.train import train_adapter
+from pipeline.resources import demands, model_fits, unmet
+from pipeline.schema import ANSWER, PASSAGE
+from pipeline.stage import only, start_ray
+from pipeline.store import Folder, Stage, open_uri
+from pipeline.train import train_adapters
 from pipeline.write import write
 
 SAMPLE_PASSAGES = 8
 SAMPLE_PROMPTS = 16
+CHECKPOINT = 6  # bytes of a checkpoint for one of the adapter: three fp32 numbers for one in bf16
 
 
 def make_plan(config: Config, base: BaseModel) -> dict[str, Any]:
-    """Return counts, tokens, bytes and seconds that the whole run will take; `cost` if a price is configured."""
-    read_documents(config.run_dir, config.read, config.cluster, config.max_reject_share)
-    chunked = chunk_documents(config.run_dir, config.chunk, base.path, config.cluster, config.max_reject_share)
-    sample_config = config.model_copy(
+    """Return counts, tokens, bytes and seconds that the whole run will take; `cost` if a price is configured.
+
+    Raises ValueError, one line per reason, for what cannot fit.
+    """
+    if reasons := [*too_long(config, base), *_too_large(config, base)]:
+        raise ValueError("\n".join(reasons))
+    read = only(read_documents([config]))
+    chunked = only(chunk_documents([config]))
+    sample = config.model_copy(
         update={
             "run_dir": (Folder(config.run_dir) / "plan").uri,
             "general": config.general.model_copy(update={"prompts": SAMPLE_PROMPTS, "held_out": 0}),
             "train": config.train.model_copy(update={"epochs": 1}),
+            "update": Update(),
         }
     )
-    num_sampled = _write_sample(config, sample_config, chunked["data_digest"])
-    written = write(sample_config, base, redo=True)
-    questions, answers, general = written["question"], written["answer"], written["general"]
-    kept = filter_answers(sample_config, base, redo=True)
-    training = train_adapter(sample_config, base, redo=True)["training"]
+    num_sampled = _write_sample(config, sample, chunked["data_digest"])
+    written = only(write([sample], base, redo=True))
+    kept = only(filter_answers([sample], redo=True))
+    trained = only(train_adapters([sample], base, redo=True))
     scale = chunked["rows_out"] / num_sampled
-    engines, epochs = config.cluster.num_engines, config.train.epochs
-    prompts = (config.general.prompts + config.general.held_out) / SAMPLE_PROMPTS
-    seconds = {
-        # What a stage takes beside its engine's work is its start, which does not grow with the corpus.
-        name: (manifest["seconds"] - busy) + busy * times / engines
-        for name, manifest, busy, times in (
-            ("question", questions, questions["stats"]["engine_seconds"], scale),
-            ("answer", answers, answers["stats"]["engine_seconds"], scale),
-            ("general", general, general["stats"]["engine_seconds"], prompts),
-        )
-    } | {"train": training["seconds"] * scale * epochs}
-    total = sum(seconds.values())
+    times = {
+        "question": scale,
+        "answer": scale,
+        "filter": scale,
+        "general": (config.general.prompts + config.general.held_out) / SAMPLE_PROMPTS,
+        "train": scale * config.train.epochs,
+    }
+    adapter = (Stage(sample.run_dir, "train", ANSWER).folder / "adapter").size("adapter_model.safetensors")
     plan = {
         "passages": chunked["rows_out"],
         "sampled_passages": num_sampled,
-        "questions": round(questions["rows_out"] * scale),
+        "questions": round(written["question"]["rows_out"] * scale),
         "answers": round(kept["rows_out"] * scale),
-        "written_tokens": round(
-            (questions["stats"]["output_tokens"] + answers["stats"]["output_tokens"]) * scale
-            + general["stats"]["output_tokens"] * prompts
+        "written_tokens": round(sum(done["stats"]["output_tokens"] * times[name] for name, done in written.items())),
+        "trained_tokens": round(trained["training"]["tokens"] * times["train"]),
+        "bytes": round(
+            sum(done["bytes"] * times[name] for name, done in (written | {"filter": kept}).items())
+            + sum(done["bytes"] for done in (*read.values(), chunked))
         ),
-        "trained_tokens": round(training["tokens"] * scale * epochs),
-        "bytes": round((answers["bytes"] + kept["bytes"]) * scale + general["bytes"] * prompts + chunked["bytes"]),
-        "seconds": {name: round(value) for name, value in seconds.items()},
-        "hours": round(total / 3600, 3),
+        "training_bytes": adapter * (1 + 2 * CHECKPOINT),  # one is written before the last one is deleted
     }
-    if (price := config.cluster.price_per_hour) is not None:
-        plan["cost"] = round(total / 3600 * price, 2)
+    seconds = {name: done["seconds"] for name, done in (read | {"chunk": chunked}).items()}
+    seconds |= _seconds(config, written, trained, times)
+    plan |= {"seconds": {name: round(value) for name, value in seconds.items()}}
+    plan |= price(config, seconds)
     print(f"plan: from {num_sampled} of {chunked['rows_out']} passages", file=sys.stderr)
+    refuse_full_disk(config.run_dir, plan["bytes"] + plan["training_bytes"])
     return plan
+
+
+def _seconds(
+    config: Config, written: dict[str, Any], trained: dict[str, Any], times: dict[str, float]
+) -> dict[str, float]:
+    """Return what the stages take that load the model."""
+    engines = min(config.cluster.num_engines, len(Stage(config.run_dir, "chunk", PASSAGE).shards()))
+    busy = {name: done["stats"]["engine_seconds"] for name, done in written.items()}
+    # What a stage takes beside its engine's work is its start, which does not grow with the corpus.
+    seconds = {name: done["seconds"] + busy[name] * (times[name] / engines - 1) for name, done in written.items()} | {
+        "train": trained["seconds"] + trained["training"]["seconds"] * (times["train"] - 1)
+    }
+    # The evaluation starts an engine once more and, to measure, what training starts.
+    starts = sum(done["seconds"] - busy[name] for name, done in written.items())
+    starts += trained["seconds"] - trained["training"]["seconds"]
+    replies = reply_seconds(config, written, times["question"] * written["question"]["rows_out"])
+    return seconds | {"evaluate": starts + replies + len(config.evaluate.baselines) * seconds["train"]}
+
+
+def reply_seconds(config: Config, written: dict[str, Any], num_questions: float) -> float:
+    """Estimate what the engine takes for the evaluation's replies."""
+    settings = config.evaluate
+    stats = [done["stats"] for done in written.values()]
+    # Seconds for a prompt's token that is not in the prefix cache, and for a token written: what fits the three stages.
+    tokens = np.asarray([[one["prompt_tokens"] - one["cached_tokens"], one["output_tokens"]] for one in stats])
+    (per_read, per_written), _ = nnls(tokens, np.asarray([one["engine_seconds"] for one in stats]))
+    asked = len(load_questions(settings)) or min(settings.held_out, int(num_questions) // 10)
+    others = len(general_questions()) + len(read_questions("evaluate.unrelated", settings.unrelated))
+    answers = written["answer"]["rows_out"]
+    prompt, reply = (written["answer"]["stats"][name] / answers for name in ("prompt_tokens", "output_tokens"))
+    passages = asked * (1 + 2 * config.serve.retrieval_passages)
+    replies = asked * (5 + len(settings.baselines)) + 2 * others
+    return per_read * prompt * passages + per_written * reply * replies
+
+
+def price(config: Config, seconds: dict[str, float]) -> dict[str, float]:
+    """Return the hours of the cluster and of the GPUs at work, and the cost of the former."""
+    cluster, hours = config.cluster, sum(seconds.values()) / 3600
+    gpus = dict.fromkeys(("question", "answer", "general"), cluster.num_engines * cluster.engine_gpus)
+    gpus |= {"train": cluster.num_workers * cluster.worker_gpus, "evaluate": cluster.engine_gpus}
+    total = {"hours": round(hours, 3)}
+    if gpu_seconds := sum(gpus.get(name, 0) * value for name, value in seconds.items()):
+        total["gpu_hours"] = round(gpu_seconds / 3600, 3)
+    if cluster.price_per_hour is not None:
+        total["cost"] = round(hours * cluster.price_per_hour, 2)
+    return total
+
+
+def too_long(config: Config, base: BaseModel) -> Iterator[str]:
+    """Say where the longest passage, its prompt without heading and question, and the reply exceed the context."""
+    tokenizer = load_tokenizer(base.path)
+    asking = [question_chat("", "", kind, config.question.per_call, "") for kind in config.question.kinds]
+    for name, chats, reply in (
+        ("question", asking, config.question.max_tokens),
+        ("answer", [teacher_chat("", "", "")], config.answer.max_tokens),
+    ):
+        prompt = max(len(render_chat(tokenizer, chat)) for chat in chats)
+        needed = config.chunk.max_tokens + prompt + reply
+        if needed > config.model.max_model_len:
+            yield (
+                f"model.max_model_len = {config.model.max_model_len} is too small: a passage of chunk.max_tokens = "
+                f"{config.chunk.max_tokens}, a prompt of {prompt} and {name}.max_tokens = {reply} take {needed}; raise "
+                "it, or lower the others"
+            )
+
+
+def _too_large(config: Config, base: BaseModel) -> Iterator[str]:
+    """Say what a local Ray has too little of; a cluster may grow, and `python -m cluster check` looks at its nodes."""
+    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    import ray
+    import torch
+
+    start_ray(config.cluster)
+    weights = sum(file.stat().st_size for file in Path(base.path).glob("*.safetensors"))
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    yield from filter(None, (unmet(demand, ray.nodes()) for demand in demands(config)))
+    if gpus or not config.cluster.engine_gpus:
+        yield from filter(None, [model_fits(config, weights, min(gpus, default=0), memory)])
+
+
+def refuse_full_disk(run_dir: str, needed: int) -> None:
+    if "://" not in run_dir and needed > (free := shutil.disk_usage(open_uri(run_dir)[1]).free):
+        raise ValueError(
+            f"run_dir = {run_dir!r} has {free / 2**30:.1f} GiB free, and the run will take {needed / 2**30:.1f} GiB; "
+            "make room, or give another place"
+        )
 
 
 def _write_sample(config: Config, sample_config: Config, data_digest: str) -> int:
@@ -77,13 +182,19 @@ def _write_sample(config: Config, sample_config: Config, data_digest: str) -> in
     whole = Stage(config.run_dir, "chunk", PASSAGE)
     sample = Stage(sample_config.run_dir, "chunk", PASSAGE)
     shards = whole.shards()
-    picked = shards[:: max(1, len(shards) // SAMPLE_PASSAGES)][:SAMPLE_PASSAGES]
-    per_shard = -(-SAMPLE_PASSAGES // max(1, len(picked)))
-    if sample.open({"passages": SAMPLE_PASSAGES, "input": data_digest}, redo=True):
+    if not shards:
+        raise ValueError(f"there are no passages to plan for; {Folder(whole.run_dir)}/read/rejected says why")
+    # A GPU's speed depends on how much it works on at a time, so it gets as much as in the run: a whole unit.
+    wanted = config.chunk.shard_passages if config.cluster.engine_gpus else SAMPLE_PASSAGES
+    count = min(wanted, len(shards))
+    picked = [shards[index * len(shards) // count] for index in range(count)]
+    per_shard = -(-wanted // count)
+    if sample.open({"passages": wanted, "input": data_digest}, redo=True):
         tables = []
         for shard in picked:
             table = whole.read_shard(shard)
-            tables.append(table.take(list(range(0, table.num_rows, max(1, table.num_rows // per_shard)))[:per_shard]))
+            rows = min(per_shard, table.num_rows)
+            tables.append(table.take([index * table.num_rows // rows for index in range(rows)]))
         table = pa.concat_tables(tables)
         sample.commit("sample", [table], [], table.num_rows)
         sample.close(0.0)

@@ -9,9 +9,12 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, QuestionKind, QuestionSection
 from pipeline.engine import Engine, render_chat
+from pipeline.previous import PreviousRun, previous_settings
 from pipeline.prompts import (
     is_about,
     is_standalone,
@@ -49,26 +52,31 @@ def question_job(config: Config, base: BaseModel) -> Job:
             "model": base.identity(),
             "prompts": prompts_digest(),
             "input": passages.require()["data_digest"],
+            **previous_settings(config, base),
         },
         [{"name": shard.removesuffix(".parquet")} for shard in passages.shards()],
         QuestionWriter,
-        {"run_dir": config.run_dir, "settings": config.question},
+        {"run_dir": config.run_dir, "settings": config.question, "previous_run": config.update.previous_run},
         config.max_reject_share,
     )
 
 
 class QuestionWriter:
-    """One unit is one shard of passages."""
+    """One unit is one shard of passages; those of a previous run keep their questions."""
 
-    def __init__(self, run_dir: str, settings: QuestionSection, engine: Engine) -> None:
+    def __init__(
+        self, run_dir: str, settings: QuestionSection, engine: Engine, previous_run: str | None = None
+    ) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
         self._settings = settings
         self._engine = engine
+        self._previous = PreviousRun(previous_run)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
-        quotas = [_Quota(passage, self._settings) for passage in passages]
+        kept = self._previous.rows("question", [passage for passage in passages if self._previous.holds(passage)])
+        quotas = [_Quota(passage, self._settings) for passage in passages if not self._previous.holds(passage)]
         before = self._engine.stats
         for round_ in range(self._settings.max_rounds):
             calls = [(quota, call) for quota in quotas for call in quota.open_calls(round_)]
@@ -77,9 +85,9 @@ class QuestionWriter:
         rejected = [row for quota in quotas for row in quota.rejected]
         return self._questions.commit(
             unit["name"],
-            [to_table(questions, QUESTION)],
+            [pa.concat_tables([kept, to_table(questions, QUESTION)])],
             rejected,
-            rows_in=len(questions) + len(rejected),
+            rows_in=kept.num_rows + len(questions) + len(rejected),
             stats=self._engine.stats.since(before)
             | {"passages": len(quotas), "passages_full": sum(quota.is_full for quota in quotas)},
         )

@@ -12,17 +12,18 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import PurePath
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.config import Cluster, Read
-from pipeline.dedup import drop_duplicates
+from pipeline.config import Config, Read
+from pipeline.dedup import dedup_job
 from pipeline.parse import SUFFIXES, parse_file, reject
 from pipeline.schema import DOCUMENT, REASONS, Document, Rejected, digest, to_table
-from pipeline.stage import Actors, Job, run_stage
+from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit, open_uri
 
 UNIT_BYTES = 256 << 20  # a unit ends here even with fewer files: it is what a crash repeats
@@ -46,38 +47,53 @@ class File:
         return f"{self.root.partition('://')[0]}://{self.path}" if self.root else self.path
 
 
-def read_documents(
-    run_dir: str, config: Read, cluster: Cluster, max_reject_share: float, redo: bool = False
-) -> dict[str, Any]:
-    """Run the stages `read` and `dedup`; return their manifests.
+def read_documents(configs: list[Config], redo: bool = False) -> list[Any]:
+    """Run the stages `read` and `dedup` of several corpora; return for each their manifests, or the ValueError.
 
-    Raises ValueError for a path that matches nothing and for whatever `run_stage` refuses.
+    It is an error if a path matches nothing, and whatever `run_stages` refuses.
     """
-    units, listing = _plan_units(list_files(config.paths, run_dir), config.unit_files)
-    job = Job(
-        Stage(run_dir, "read", DOCUMENT),
-        config.model_dump(exclude={"paths", "near_duplicate_threshold"}) | {"listing": listing},
-        units,
-        ReadWorker,
-        {"run_dir": run_dir, "config": config},
-        max_reject_share,
-    )
-    read = run_stage(job, Actors(cluster), redo)
-    return {"read": read, "dedup": drop_duplicates(run_dir, config.near_duplicate_threshold, cluster, redo)}
+    actors = Actors(configs[0].cluster)
+    read = run_alike([partial(read_job, config) for config in configs], actors, redo)
+
+    def deduplicate(config: Config, outcome: Any) -> Job:
+        if isinstance(outcome, ValueError):
+            raise outcome
+        return dedup_job(config)
+
+    made = [partial(deduplicate, *pair) for pair in zip(configs, read, strict=True)]
+    deduped = run_alike(made, actors, redo)
+    return [
+        last if isinstance(last, ValueError) else {"read": first, "dedup": last}
+        for first, last in zip(read, deduped, strict=True)
+    ]
 
 
-def _plan_units(files: Iterable[File], unit_files: int) -> tuple[list[dict[str, Any]], str]:
-    """Return the units and a digest of the listing."""
-    units: list[dict[str, Any]] = []
-    listing, unit_bytes = "", UNIT_BYTES
+def read_job(config: Config) -> Job:
+    """Describe the stage `read`."""
+    settings, listing = config.read, ""
+    files = list_files(settings.paths, config.run_dir)
     for file in files:
-        if unit_bytes >= UNIT_BYTES or len(units[-1]["files"]) == unit_files:
-            units.append({"name": f"{len(units):06d}", "files": []})
-            unit_bytes = 0
-        units[-1]["files"].append(asdict(file))
-        unit_bytes += file.size
         listing = digest(listing, file.source, file.size, file.changed, file.reason)
-    return units, listing
+    return Job(
+        Stage(config.run_dir, "read", DOCUMENT),
+        settings.model_dump(exclude={"paths", "near_duplicate_threshold"}) | {"listing": listing},
+        _plan_units(files, settings.unit_files),
+        ReadWorker,
+        {"run_dir": config.run_dir, "config": settings},
+        config.max_reject_share,
+    )
+
+
+def _plan_units(files: Iterable[File], unit_files: int) -> Iterator[dict[str, Any]]:
+    number, unit, unit_bytes = 0, [], 0
+    for file in files:
+        if unit and (unit_bytes >= UNIT_BYTES or len(unit) == unit_files):
+            yield {"name": f"{number:06d}", "files": unit}
+            number, unit, unit_bytes = number + 1, [], 0
+        unit.append(asdict(file))
+        unit_bytes += file.size
+    if unit:
+        yield {"name": f"{number:06d}", "files": unit}
 
 
 class ReadWorker:

@@ -12,15 +12,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.config import Cluster, Model
+from pipeline.config import Cluster
 from pipeline.schema import digest
 from pipeline.store import Stage, Unit
 
@@ -28,6 +29,7 @@ CODE = Path(__file__).resolve().parent.parent
 # What workers do not need of it; the code alone is well under a megabyte.
 NOT_CODE = [".git", ".venv", ".models", "runs", "registry", "tests", "benchmarks/results", "**/__pycache__"]
 _OBJECT_STORE = 256 << 20  # bytes; rows stay in shards, so only unit names pass through it
+SMALL_PIECES = 128  # the work ends with so many pieces, at least, of a single unit
 
 
 def start_ray(cluster: Cluster) -> None:
@@ -49,6 +51,7 @@ def start_ray(cluster: Cluster) -> None:
     else:
         cores = max(os.cpu_count() or 1, cluster.engine_cpus, cluster.worker_cpus)
         ray.init(
+            "local",  # unset, it would join, or look for, the last cluster that was started on this machine
             num_cpus=cores,
             include_dashboard=False,
             log_to_driver=False,
@@ -98,105 +101,147 @@ class Job:
 class Actors:
     """What stages ask Ray for: at most `count` actors of this size, or one for each CPU of the cluster.
 
-    With a `model`, every actor loads an engine, which all its workers get as `engine`.
+    With `load_engine`, every actor calls it once, and all its workers get what it returns as `engine`.
     """
 
     cluster: Cluster
     count: int | None = None
     cpus: float = 1
     gpus: float = 0
-    model: Model | None = None
-    top_k: int = 0
+    load_engine: Callable[[], Any] | None = None
+    labels: dict[str, str] | None = None  # of the nodes that they may run on
 
 
 class _UnitActor:
-    """What Ray Data calls: a row with the JSON of [job, unit] pairs in, a row with that of the committed units out."""
+    """What Ray Data calls: a row with a line of JSON per [job, unit] in, a row with that of the committed units out."""
 
-    def __init__(self, jobs: list[tuple[type[Worker], dict[str, Any]]], actors: Actors) -> None:
-        shared = {}
-        if actors.model is not None:
-            from pipeline.engine import Engine
-
-            shared["engine"] = Engine(actors.model, actors.cluster, actors.top_k)
-        self._workers = [worker(**arguments, **shared) for worker, arguments in jobs]
+    def __init__(self, jobs: list[tuple[Stage, type[Worker], dict[str, Any]]], actors: Actors) -> None:
+        shared = {} if actors.load_engine is None else {"engine": actors.load_engine()}
+        self._workers = [(stage, worker(**arguments, **shared)) for stage, worker, arguments in jobs]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        from pipeline.metrics import record_unit
+
         (text,) = batch["work"].to_pylist()
-        done = [asdict(self._workers[job].do_unit(unit)) for job, unit in json.loads(text)]
+        done = []
+        for job, unit in map(json.loads, text.splitlines()):
+            stage, worker = self._workers[job]
+            # Another actor may have died in the midst of this piece of work.
+            committed = stage.find_unit(unit["name"])
+            if committed is None:
+                committed = worker.do_unit(unit)
+                record_unit(stage, committed)
+            done.append(asdict(committed))
         return pa.table({"done": [json.dumps(done)]})
 
 
-def run_stages(jobs: list[Job], actors: Actors, redo: bool = False) -> list[dict[str, Any]]:
-    """Bring the stages to completion in one pass and return their manifests.
+def attempt(call: Callable[[], Any]) -> Any:
+    """Return what the call returns, or the ValueError that it raises."""
+    try:
+        return call()
+    except ValueError as error:
+        return error
 
-    Units of the same name are done by the same actor, in the order of the jobs: a later one may read what an earlier
-    one wrote. Raises ValueError if a stage was made with other settings, or when it rejects too large a share of rows.
+
+def run_stages(jobs: list[Job], actors: Actors, redo: bool = False) -> list[Any]:
+    """Bring the stages to completion in one pass; return for each its manifest, or the ValueError that stands for it.
+
+    Units of the same name in one run are done by the same actor, in the order of the jobs: a later one may read what an
+    earlier one wrote. It is an error if a stage was made with other settings, or if it rejects too large a share of its
+    rows; the other stages are completed all the same.
     """
-    opened = []
-    for job in jobs:
-        if job.stage.open(job.settings, redo):
-            opened.append(job)
-        else:
+    outcomes = [attempt(partial(job.stage.open, job.settings, redo)) for job in jobs]
+    opened = {number: jobs[number] for number, outcome in enumerate(outcomes) if outcome is True}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if outcome is False:
             print(f"{job.stage.name}: up to date", file=sys.stderr)
     if opened:
         start_ray(actors.cluster)
         started = time.monotonic()
-        work: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-        total = 0
-        for number, job in enumerate(opened):
+        work: dict[tuple[str, str], str] = {}  # run and unit's name -> a line of JSON for each job
+        total = left = 0
+        for place, job in enumerate(opened.values()):
             committed = job.stage.committed()
             for unit in job.units:
                 total += 1
                 if unit["name"] not in committed:
-                    work.setdefault(unit["name"], []).append((number, unit))
-        left = sum(map(len, work.values()))
-        name = ", ".join(job.stage.name for job in opened)
+                    left += 1
+                    key = (job.stage.run_dir, unit["name"])
+                    work[key] = work.get(key, "") + json.dumps([place, unit]) + "\n"
+        name = ", ".join(dict.fromkeys(job.stage.name for job in opened.values()))
         with tqdm(total=total, initial=total - left, desc=name, unit="unit") as bar:
-            for done in _map_work(list(work.values()), opened, actors):
+            for done in _map_work(list(work.values()), list(opened.values()), actors):
                 bar.update(done)
         seconds = time.monotonic() - started
-        busy = [job.stage.totals()["stats"].get("engine_seconds", 0.0) for job in opened]
-        for job, share in zip(opened, busy, strict=True):
-            part = share / sum(busy) if sum(busy) else 1 / len(opened)
-            _close(job, seconds * part)
-    return [job.stage.require() for job in jobs]
+        totals = {number: job.stage.totals() for number, job in opened.items()}
+        busy = {number: sums["stats"].get("engine_seconds", 0.0) for number, sums in totals.items()}
+        all_busy = sum(busy.values())
+        for number, job in opened.items():
+            part = busy[number] / all_busy if all_busy else 1 / len(opened)
+            outcomes[number] = attempt(partial(_close, job, seconds * part, totals[number]))
+    return [
+        outcome if isinstance(outcome, ValueError) else job.stage.require()
+        for job, outcome in zip(jobs, outcomes, strict=True)
+    ]
 
 
-def run_stage(job: Job, actors: Actors, redo: bool = False) -> dict[str, Any]:
-    """Bring one stage to completion and return its manifest."""
-    return run_stages([job], actors, redo)[0]
+def run_alike(jobs: Iterable[Callable[[], Job]], actors: Actors, redo: bool = False) -> list[Any]:
+    """Run a stage of several corpora in one pass; what makes a job may raise the ValueError that then stands for it."""
+    made = [attempt(job) for job in jobs]
+    outcomes = iter(run_stages([job for job in made if isinstance(job, Job)], actors, redo))
+    return [next(outcomes) if isinstance(job, Job) else job for job in made]
 
 
-def _close(job: Job, seconds: float) -> None:
-    stage = job.stage
-    manifest = stage.close(seconds)
-    rejected = sum(manifest["rejected"].values())
-    if rejected > job.max_reject_share * max(1, rejected + manifest["rows_out"]):
-        stage.folder.delete_file("manifest.json")
+def only(outcomes: list[Any]) -> Any:
+    """Return the only outcome of a call for several, or raise it."""
+    (outcome,) = outcomes
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
+
+
+def _close(job: Job, seconds: float, totals: dict[str, Any]) -> None:
+    stage, rows, rejected = job.stage, totals["rows_out"], sum(totals["rejected"].values())
+    if rejected > job.max_reject_share * max(1, rejected + rows):
         raise ValueError(
-            f"stage {stage.name} rejected {rejected} of {rejected + manifest['rows_out']} rows "
-            f"({manifest['rejected']}), more than max_reject_share = {job.max_reject_share}; look at "
-            f"{stage.folder}/rejected, or raise max_reject_share"
+            f"stage {stage.name} rejected {rejected} of {rejected + rows} rows ({totals['rejected']}), more than "
+            f"max_reject_share = {job.max_reject_share}; look at {stage.folder}/rejected, or raise max_reject_share"
         )
+    stage.close(seconds, totals=totals)
 
 
-def _map_work(work: list[list[tuple[int, dict[str, Any]]]], jobs: list[Job], actors: Actors) -> Iterator[int]:
+def _pieces(work: list[str], num_actors: int) -> Iterator[str]:
+    """Yield the work in a bounded number of pieces, whose size falls to one unit, so that no actor ends late.
+
+    Ray Data keeps some kilobytes in the driver for every piece that it was ever given.
+    """
+    start, small = 0, max(SMALL_PIECES, 4 * num_actors)
+    while start < len(work):
+        end = start + max(1, (len(work) - start) // small)
+        yield "".join(work[start:end])
+        start = end
+
+
+def _map_work(work: list[str], jobs: list[Job], actors: Actors) -> Iterator[int]:
     """Yield how many units each finished piece of work had."""
     if not work:
         return
     import ray.data
 
     count = actors.count or int(ray.cluster_resources().get("CPU", 1))
-    # One block per unit makes each a task of its own; a repartition would wait for a core that the engines hold.
-    blocks = [pa.table({"work": [json.dumps(pairs)]}) for pairs in work]
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    # One block per piece makes each a task of its own; a repartition would wait for a core that the engines hold.
+    pieces = [{"work": piece} for piece in _pieces(work, count)]
+    dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
         _UnitActor,
-        fn_constructor_kwargs={"jobs": [(job.worker, job.arguments) for job in jobs], "actors": actors},
+        fn_constructor_kwargs={"jobs": [(job.stage, job.worker, job.arguments) for job in jobs], "actors": actors},
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(count, len(work)), max_tasks_in_flight_per_actor=2),
+        # All of them from the start: a pool that grows asks for no more than the cluster has, and for a node at a time.
+        # Those without room wait, for which an autoscaler adds nodes; the others work.
+        compute=ray.data.ActorPoolStrategy(size=min(count, len(pieces)), max_tasks_in_flight_per_actor=2),
         num_cpus=actors.cpus,
         num_gpus=actors.gpus,
+        label_selector=actors.labels,
     )
     for row in dataset.iter_rows():
         yield len(json.loads(row["done"]))

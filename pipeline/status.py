@@ -61,7 +61,7 @@ def summarise(config: Config) -> dict[str, Any]:
     question, answer, kept = manifests["question"], manifests["answer"], manifests["filter"]
     stats, training, evaluation = answer["stats"], manifests["train"]["training"], manifests["evaluate"]
     scores = evaluation.get("scores", {})
-    answer_tokens = max(1, stats["output_tokens"])
+    answer_tokens = max(1, stats["answer_tokens"])
     rejected: dict[str, dict[str, int]] = {n: m["rejected"] for n, m in manifests.items() if m["rejected"]}
     return {
         "scores": {arm: scores[arm] for arm in ARMS if arm in scores},

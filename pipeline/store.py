@@ -18,6 +18,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 
 from pipeline.schema import REJECTED, Rejected, digest, to_table
 
+READERS = 16  # requests for units' JSON at a time: a bucket takes tens of milliseconds for each
 SPLIT = "topk_logprobs.list.element"  # Parquet's name of the column that takes the most room
 
 
@@ -37,6 +39,9 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the filesystem and the path on it of a local path or an s3:// or gs:// URI; else ValueError."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    if uri.startswith("s3://") and "allow_delayed_open=" not in uri:
+        # Up to 5 MB in one request instead of three, and no half of an upload is left by a writer that was killed.
+        uri += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
     try:
         return pafs.FileSystem.from_uri(uri)
     except pa.ArrowInvalid as error:
@@ -210,8 +215,16 @@ class Stage:
     def units(self) -> Iterator[Unit]:
         """Yield the committed units in order of their names."""
         folder = self.folder / "units"
-        for name in folder.list():
-            yield Unit(**folder.read_json(name))
+        names = folder.list()
+        with ThreadPoolExecutor(READERS) as readers:
+            for start in range(0, len(names), 4 * READERS):
+                for unit in readers.map(folder.read_json, names[start : start + 4 * READERS]):
+                    yield Unit(**unit)
+
+    def find_unit(self, name: str) -> Unit | None:
+        """Return a unit, or None if it is not committed."""
+        found = (self.folder / "units").read_json(f"{name}.json")
+        return found and Unit(**found)
 
     def unit(self, name: str) -> Unit:
         """Return one committed unit."""
@@ -227,7 +240,9 @@ class Stage:
 
     def read_shard(self, name: str, columns: list[str] | None = None) -> pa.Table:
         filesystem, path = open_uri((self.folder / "data").uri)
-        return pq.read_table(f"{path}/{name}", filesystem=filesystem, columns=columns)
+        # pq.read_table does the same with two requests more, in three times the time.
+        with filesystem.open_input_file(f"{path}/{name}") as file:
+            return pq.ParquetFile(file, pre_buffer=True).read(columns)
 
     def read_rejected(self) -> pa.Table:
         filesystem, path = open_uri((self.folder / "rejected").uri)
@@ -265,12 +280,21 @@ class Stage:
             self.folder.write_json("settings.json", settings)
         return self.manifest() is None
 
+    def copy_from(self, other: "Stage") -> None:
+        """Complete this stage with the data of another that is complete and has the same settings."""
+        for name in ("data", "rejected", "units", ""):
+            source, target = (stage.folder / name if name else stage.folder for stage in (other, self))
+            for file in sorted(source.list(), key="manifest.json".__eq__):
+                target.write_bytes(file, source.read_bytes(file))
+
     def totals(self) -> dict[str, Any]:
-        """Add up the committed units."""
+        """Add up the committed units; `data_digest` is that of the settings and of the data so far."""
         rows_in = rows_out = num_bytes = 0
         rejected: Counter[str] = Counter()
         stats: Counter[str] = Counter()
+        shards: list[str] = []
         for unit in self.units():
+            shards += unit.shards
             rows_in += unit.rows_in
             rows_out += unit.rows_out
             num_bytes += unit.bytes
@@ -282,20 +306,21 @@ class Stage:
             "rejected": dict(rejected),
             "bytes": num_bytes,
             "stats": dict(stats),
+            "data_digest": digest(json.dumps(self.folder.read_json("settings.json"), sort_keys=True), *shards),
         }
 
-    def close(self, seconds: float, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Write the manifest: settings, totals over all units and the digest of the data; return it.
+    def close(
+        self, seconds: float, extra: dict[str, Any] | None = None, totals: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write the manifest: settings, and the totals over all units, unless they were added up already; return it.
 
         `seconds` are those of the call that completed the stage.
         """
-        settings = self.folder.read_json("settings.json")
         manifest = {
             "stage": self.name,
-            "settings": settings,
-            **self.totals(),
+            "settings": self.folder.read_json("settings.json"),
+            **(totals or self.totals()),
             "seconds": round(seconds, 3),
-            "data_digest": digest(json.dumps(settings, sort_keys=True), *self.shards()),
             **(extra or {}),
         }
         self.folder.write_json("manifest.json", manifest)

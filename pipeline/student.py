@@ -37,9 +37,16 @@ def add_adapter(base: Any, lora: Lora, base_name: str) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
     )
-    return get_peft_model(base, config, autocast_adapter_dtype=False).to(torch.bfloat16)  # type: ignore[return-value]
+    model: Any = get_peft_model(base, config, autocast_adapter_dtype=False).to(torch.bfloat16)
+    # PEFT puts the model's folder there, which is another one on every machine.
+    model.peft_config["default"].base_model_name_or_path = base_name
+    return model
+
+
+def load_adapter(base: Any, folder: str, is_trainable: bool = False) -> PeftModel:
+    """Put a trained adapter on the base model, in bf16 like a fresh one."""
+    return PeftModel.from_pretrained(base, folder, is_trainable=is_trainable, autocast_adapter_dtype=False)
 
 
 class Student(nn.Module):

@@ -7,22 +7,41 @@ safetensors), `train/history.json` and the stage's manifest; a baseline's stand 
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
+from pipeline.general import FORGOTTEN
 from pipeline.schema import ANSWER
-from pipeline.stage import start_ray
-from pipeline.store import Stage, open_uri
+from pipeline.stage import attempt, start_ray
+from pipeline.store import Folder, Stage, open_uri
 
 PROGRESS_S = 5.0
 REFUSAL = "refusal.json"
 
 
-def train_adapter(config: Config, base: BaseModel, redo: bool = False, name: str = "train") -> dict[str, Any]:
-    """Run the stage and return its manifest; it needs complete filter and general stages, made by this base model."""
+def train_adapters(configs: list[Config], base: BaseModel, redo: bool = False, name: str = "train") -> list[Any]:
+    """Run the stage of several corpora, with the same workers; return for each its manifest, or the ValueError."""
+    outcomes = [attempt(partial(_open, config, base, redo, name)) for config in configs]
+    todo = {number: outcome for number, outcome in enumerate(outcomes) if isinstance(outcome, Stage)}
+    if todo:
+        start_ray(configs[0].cluster)
+        started = time.monotonic()
+        with _ProgressBar(list(todo.values())):
+            _fit([{"config": configs[number], "base": base, "stage": stage} for number, stage in todo.items()])
+        seconds = time.monotonic() - started
+        results = {number: stage.folder.read_json("result.json") or {} for number, stage in todo.items()}
+        busy = sum(result.get("seconds", 0.0) for result in results.values())
+        for number, stage in todo.items():
+            outcomes[number] = attempt(partial(_close, stage, results[number], seconds / max(busy, 1e-9)))
+    return outcomes
+
+
+def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dict[str, Any]:
+    """Return the stage if it is to be trained, or its manifest; it needs complete filter and general stages."""
     answers, general = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "general", ANSWER)
     model = check_manifest(Stage(config.run_dir, "answer", ANSWER).require(), base)
     stage = Stage(config.run_dir, name, ANSWER)
@@ -32,20 +51,21 @@ def train_adapter(config: Config, base: BaseModel, redo: bool = False, name: str
         "model": model,
         "input": answers.require()["data_digest"],
         "general": general.require()["data_digest"],
+        **_update_settings(config),
     }
     if not stage.open(settings, redo):
         print(f"{name}: up to date", file=sys.stderr)
         return stage.require()
     if not answers.require()["rows_out"]:
         raise ValueError("no answers are left to train on; loosen [filter] or write more questions")
-    start_ray(config.cluster)
-    started = time.monotonic()
     stage.folder.write_json(REFUSAL, None)
-    with _ProgressBar(stage):
-        _fit(config, base, stage)
+    return stage
+
+
+def _close(stage: Stage, result: dict[str, Any], overhead: float) -> dict[str, Any]:
     if refusal := stage.folder.read_json(REFUSAL):
         raise ValueError(refusal)
-    return stage.close(time.monotonic() - started, {"training": stage.folder.read_json("result.json")})
+    return stage.close(result["seconds"] * overhead, {"training": result})
 
 
 def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
@@ -60,12 +80,36 @@ def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
     return trains
 
 
+def _update_settings(config: Config) -> dict[str, Any]:
+    """Return what training goes on from; ValueError if the previous run's adapter has another shape."""
+    update = config.update
+    if update.previous_run is None:
+        return {}
+    had = adapter_of(update.previous_run).read_json("adapter_config.json")
+    if had is None:
+        raise ValueError(f"update.previous_run = {update.previous_run!r} has no trained adapter; finish that run first")
+    lora = config.train.lora
+    for name, was, now in (("rank", had["r"], lora.rank), ("alpha", had["lora_alpha"], lora.alpha or 2 * lora.rank)):
+        if was != now:
+            raise ValueError(
+                f"train.lora.{name} is {now}, and the adapter of update.previous_run = {update.previous_run!r} has "
+                f"{was}; set it to {was}, or remove update.previous_run"
+            )
+    forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER).require()["data_digest"] if update.forget_removed else None
+    adapter = Stage(update.previous_run, "train", ANSWER).require()["data_digest"]
+    return {"update": {"adapter": adapter, "replay_share": update.replay_share, "forgotten": forgotten}}
+
+
+def adapter_of(run_dir: str) -> Folder:
+    """Return where a run's trained adapter stands."""
+    return Folder(run_dir) / "train" / "adapter"
+
+
 class _ProgressBar:
     """Shows what the first worker writes into progress.json, from a thread of the driver."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._name = stage.name
-        self._folder = stage.folder
+    def __init__(self, stages: list[Stage]) -> None:
+        self._stages = stages
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -77,33 +121,42 @@ class _ProgressBar:
         self._thread.join()
 
     def _watch(self) -> None:
-        with tqdm(desc=self._name, unit="step") as bar:
-            is_last = False
-            while not is_last:
-                is_last = self._stop.wait(PROGRESS_S / 2)
-                if progress := self._folder.read_json("progress.json"):
-                    bar.total = progress["steps"]
-                    bar.set_postfix(
-                        loss=progress["loss"],
-                        tokens_per_s=progress["tokens_per_s"],
-                        left=tqdm.format_interval(progress["seconds_left"]),
-                    )
-                    bar.update(progress["step"] - bar.n)
+        with tqdm(unit="step") as bar:
+            for stage in self._stages:
+                bar.set_description(stage.name if len(self._stages) == 1 else f"{stage.name} {stage.run_dir}")
+                self._show(stage.folder, bar)
+
+    def _show(self, folder: Folder, bar: tqdm) -> None:
+        """Follow one stage to its last step, its refusal, or the end of all."""
+        is_last = False
+        while not is_last:
+            is_last = self._stop.wait(PROGRESS_S / 2) or bool(folder.read_json(REFUSAL))
+            if progress := folder.read_json("progress.json"):
+                bar.total = progress["steps"]
+                bar.set_postfix(
+                    loss=progress["loss"],
+                    tokens_per_s=progress["tokens_per_s"],
+                    left=tqdm.format_interval(progress["seconds_left"]),
+                )
+                bar.n = progress["step"]
+                bar.refresh()
+                is_last = is_last or bar.n == bar.total
 
 
-def _fit(config: Config, base: BaseModel, stage: Stage) -> None:
+def _fit(tasks: list[dict[str, Any]]) -> None:
     import ray.train.torch
 
-    cluster = config.cluster
-    filesystem, path = open_uri(stage.folder.uri)
+    cluster = tasks[0]["config"].cluster
+    filesystem, path = open_uri(tasks[0]["stage"].folder.uri)
     result = ray.train.torch.TorchTrainer(
         _run_loop,
-        train_loop_config={"config": config, "base": base, "stage": stage},
+        train_loop_config={"tasks": tasks},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.worker_gpus > 0,
             resources_per_worker={"CPU": cluster.worker_cpus}
             | ({"GPU": cluster.worker_gpus} if cluster.worker_gpus else {}),
+            label_selector=cluster.worker_labels or None,
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.worker_gpus else "gloo"),
         run_config=ray.train.RunConfig(
@@ -118,6 +171,6 @@ def _fit(config: Config, base: BaseModel, stage: Stage) -> None:
 
 
 def _run_loop(arguments: dict[str, Any]) -> None:
-    from pipeline.train_loop import TrainLoop
+    from pipeline.train_loop import train_all
 
-    TrainLoop(**arguments).run()
+    train_all(arguments["tasks"])

@@ -1,16 +1,22 @@
 """The loop that one training worker runs: DeepSpeed, checkpoints, and the adapter at the end.
 
 In: the config, the base model and the stage to write to. Out: `adapter/`, `history.json` and `result.json` there.
-Checkpoints hold whole fp32 tensors and the position in the plan, so a run resumes with any number of workers. Before
-the first step the alignment guard compares student and teacher; what it refuses is written down for the driver.
+Checkpoints hold whole fp32 tensors and the position in the plan, so a run resumes with any number of workers. One more
+is written as soon as Ray knows that a worker's node will go: `ray start --block` announces a SIGTERM (the kubelet's,
+Slurm's) and waits 30 s, and a cloud's notice is passed on with `ray drain-node`. Ray Train then starts the workers
+again, as often as it takes, and they go on from there. A SIGTERM to a worker itself ends it at once, as SIGKILL does.
+Before the first step the alignment guard compares student and teacher; what it refuses is written down for the driver.
 """
 
 import json
+import logging
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -26,7 +32,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from pipeline.align import TeacherPrompts, check_alignment
@@ -34,14 +40,17 @@ from pipeline.base_model import BaseModel
 from pipeline.batch import AnswerData, Packed, Row, Sample, Step, pack, plan_run, rows_in_order, samples_of, topk_of
 from pipeline.config import Config
 from pipeline.engine import load_tokenizer
-from pipeline.general import HELD_OUT
+from pipeline.general import FORGOTTEN, HELD_OUT
 from pipeline.loss import FullVocabulary, Labels, Signal, TopK
+from pipeline.metrics import record_progress
+from pipeline.previous import PreviousRun, split_rows
 from pipeline.prompts import titled
 from pipeline.schema import ANSWER, PASSAGE
 from pipeline.store import Stage
-from pipeline.student import Student, add_adapter, load_base
-from pipeline.train import PROGRESS_S, REFUSAL
+from pipeline.student import Student, add_adapter, load_adapter, load_base
+from pipeline.train import PROGRESS_S, REFUSAL, adapter_of
 
+logger = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -59,27 +68,27 @@ class TrainLoop:
 
     def __init__(self, config: Config, base: BaseModel, stage: Stage) -> None:
         self.settings = config.train
-        self.folder = stage.folder
+        self.stage, self.folder = stage, stage.folder
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(config.cluster.worker_cpus)
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
-        self.data = AnswerData(training_tables(config))
+        self.data = AnswerData(*training_tables(config))
         self.teacher_prompts = TeacherPrompts(config) if self.settings.teacher == "online" else None
         settings = self.settings
         self.plan = plan_run(
             self.data.lengths(),
-            self.data.num_general,
-            config.general.share,
+            self.data.sizes,
+            (config.update.replay_share, config.general.share),
             settings.epochs,
             settings.batch_tokens,
             settings.row_tokens,
             settings.seed,
         )
         torch.manual_seed(self.settings.seed)
-        model = add_adapter(load_base(base.path), self.settings.lora, base.name)
+        model = self._load_model(config, base)
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
@@ -102,6 +111,14 @@ class TrainLoop:
         self.student = student
         self.position = _Position()
         self.history: list[dict[str, float]] = []
+
+    def _load_model(self, config: Config, base: BaseModel) -> PeftModel:
+        """Return the base model with a fresh adapter, or with that of the previous run."""
+        model = load_base(base.path)
+        if config.update.previous_run is None:
+            return add_adapter(model, self.settings.lora, base.name)
+        with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
+            return load_adapter(model, adapter_of(config.update.previous_run).copy_to(folder), is_trainable=True)
 
     def _is_refused(self, config: Config, student: Student) -> bool:
         """Let the first worker compare student and teacher; all workers learn what came of it, the driver reads why."""
@@ -139,6 +156,7 @@ class TrainLoop:
             return
         self._resume()
         began, base_seconds, shown = time.monotonic(), self.position.seconds, 0.0
+        notice = None
         while self.position.step < len(self.plan):
             loss, num_tokens = self._step(self.plan[self.position.step])
             now = time.monotonic()
@@ -150,7 +168,9 @@ class TrainLoop:
             if self.rank == 0 and (now - shown > PROGRESS_S or is_last):
                 self._report(loss)
                 shown = now
-            if self.position.step % self.settings.checkpoint_steps == 0 and not is_last:
+            last_notice, notice = notice, ray.train.get_preemption_info()  # the same on every worker
+            is_due = self.position.step % self.settings.checkpoint_steps == 0 or notice != last_notice
+            if is_due and not is_last:
                 self._save()
         self._finish()
 
@@ -190,16 +210,16 @@ class TrainLoop:
 
     def _report(self, loss: float) -> None:
         position = self.position
-        self.folder.write_json(
-            "progress.json",
-            {
-                "step": position.step,
-                "steps": len(self.plan),
-                "loss": round(loss, 4),
-                "tokens_per_s": round(position.tokens / position.seconds, 1),
-                "seconds_left": round(position.seconds / position.step * (len(self.plan) - position.step)),
-            },
-        )
+        progress = {
+            "step": position.step,
+            "steps": len(self.plan),
+            "loss": round(loss, 4),
+            "tokens": position.tokens,
+            "tokens_per_s": round(position.tokens / position.seconds, 1),
+            "seconds_left": round(position.seconds / position.step * (len(self.plan) - position.step)),
+        }
+        self.folder.write_json("progress.json", progress)
+        record_progress(self.stage, progress)
 
     def _save(self) -> None:
         """Write a checkpoint of whole tensors; gathering them takes every worker, writing them only the first."""
@@ -272,16 +292,48 @@ class TrainLoop:
         )
 
 
-def training_tables(config: Config) -> Iterator[pa.Table]:
-    """Yield what is trained on: the corpus's answers, or its raw text, and then the general answers."""
+def train_all(tasks: list[dict[str, Any]]) -> None:
+    """Train one adapter after the other; what an earlier start of this worker finished is left out.
+
+    A single worker that fails at one of several writes down why and goes on with the next.
+    """
+    for task in tasks:
+        folder = task["stage"].folder
+        if folder.read_json("result.json") or folder.read_json(REFUSAL):
+            continue
+        try:
+            TrainLoop(**task).run()
+        except Exception as error:
+            if len(tasks) == 1 or ray.train.get_context().get_world_size() > 1:
+                raise
+            logger.exception("%s failed", folder)
+            folder.write_json(REFUSAL, f"training failed: {type(error).__name__}: {error}")
+
+
+def training_tables(config: Config) -> tuple[Iterator[pa.Table], Iterator[pa.Table], Iterator[pa.Table]]:
+    """Return what the corpus teaches that is new, what it taught a previous run already, and the general answers."""
     if config.train.teacher == "raw_text":
         passages = Stage(config.run_dir, "chunk", PASSAGE)
         tokenizer = load_tokenizer(config.model.path)
-        for shard in passages.shards():
-            yield text_samples(passages.read_shard(shard), tokenizer)
-    else:
-        answers = Stage(config.run_dir, "filter", ANSWER)
-        yield from map(answers.read_shard, answers.shards())
+        new = (text_samples(passages.read_shard(shard), tokenizer) for shard in passages.shards())
+        return new, iter(()), _general_answers(config)
+    answers, forgotten = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, FORGOTTEN, ANSWER)
+    if config.update.previous_run is None:
+        return map(answers.read_shard, answers.shards()), iter(()), _general_answers(config)
+    removed = map(forgotten.read_shard, forgotten.shards() if config.update.forget_removed else [])
+    new, old = (new for new, _ in _split_answers(config)), (old for _, old in _split_answers(config))
+    return chain(new, removed), old, _general_answers(config)
+
+
+def _split_answers(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yield the answers of every unit, those about new passages and those about what the previous run has, too."""
+    answers, passages = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "chunk", PASSAGE)
+    previous = PreviousRun(config.update.previous_run)
+    for unit in answers.units():
+        yield split_rows(answers.read_unit(unit.name), passages.read_shard(f"{unit.name}.parquet"), previous)
+
+
+def _general_answers(config: Config) -> Iterator[pa.Table]:
     general = Stage(config.run_dir, "general", ANSWER)
     for unit in general.units():
         if unit.name != HELD_OUT:

@@ -8,7 +8,7 @@ import pyarrow.fs as pafs
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.config import Cluster
+from pipeline.config import Cluster, Config
 from pipeline.schema import DOCUMENT, Document, to_table
 from pipeline.stage import ray_session, start_ray
 from pipeline.store import Folder, Stage
@@ -59,6 +59,16 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> str:
     return str(tmp_path / "run")
+
+
+def make_config(run_dir: str, **sections: Any) -> Config:
+    """Return a config of which a test needs these sections only."""
+    unused = {
+        "model": {"path": "unused"},
+        "read": {"paths": ["unused"]},
+        "publish": {"registry": "unused", "name": "a"},
+    }
+    return Config.model_validate({"run_dir": run_dir} | unused | sections)
 
 
 def write_documents(run_dir: str, name: str, units: list[list[Document]]) -> Stage:

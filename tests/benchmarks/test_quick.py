@@ -1,4 +1,4 @@
-"""The store's benchmark in quick mode; the other speed benchmarks start engines and trainers, too long for here."""
+"""Benchmarks in quick mode: the store's, and the one of four raylets; the others start engines and trainers."""
 
 import json
 import subprocess
@@ -83,3 +83,22 @@ def test_store_size(config: Path) -> None:
     assert claims["loss_relative_error.k20"]["met"]
     assert claims["loss_relative_error.k64"]["met"]
     assert claims["bytes_per_token"]["value"] > TOP_K * 2
+
+
+@pytest.mark.nodes
+def test_scale() -> None:
+    config = ROOT / "benchmarks" / "demo" / "demo.toml"
+    command = [sys.executable, "-m", "benchmarks.scale", str(config), "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    claims = {claim["name"]: claim["value"] for claim in last["claims"]}
+    assert last["result"] is None
+    assert claims.keys() == {
+        "driver_memory_growth",
+        "actor_memory_growth",
+        "cost_per_document_growth",
+        "efficiency_of_4_actors",
+    }
+    assert claims["driver_memory_growth"] < 1.2 and claims["actor_memory_growth"] < 1.2
+    assert claims["efficiency_of_4_actors"] > 0.25

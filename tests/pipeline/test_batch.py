@@ -34,12 +34,17 @@ def test_a_plan_holds_every_sample_once_and_respects_the_rows(lengths: list[int]
 
 
 def test_general_samples_take_their_share_and_their_turns() -> None:
-    plan = plan_run(np.full(100, 50), 20, general_share=0.2, epochs=3, batch_tokens=512, row_tokens=256, seed=0)
+    lengths = np.full(100, 50)
+    plan = plan_run(lengths, [80, 20], [0.2], epochs=3, batch_tokens=512, row_tokens=256, seed=0)
     counts = np.bincount([index for step in plan for row in step for index in row], minlength=100)
     assert (counts[:80] == 3).all(), "every answer once an epoch"
     assert counts[80:].sum() == 3 * 20 and (counts[80:] == 3).all(), "each general sample before one comes again"
-    without = plan_run(np.full(100, 50), 20, general_share=0.0, epochs=1, batch_tokens=512, row_tokens=256, seed=0)
+    without = plan_run(lengths, [80, 20], [0.0], epochs=1, batch_tokens=512, row_tokens=256, seed=0)
     assert sorted(index for step in without for row in step for index in row) == list(range(80))
+    replayed = plan_run(lengths, [10, 70, 20], [0.5, 0.25], epochs=2, batch_tokens=512, row_tokens=256, seed=0)
+    counts = np.bincount([index for step in replayed for row in step for index in row], minlength=100)
+    assert (counts[:10] == 2).all() and counts[10:80].sum() == 2 * 20 and counts[80:].sum() == 2 * 10
+    assert counts[10:].max() == 1, "no sample comes again before all others of its group"
 
 
 def test_a_worker_without_work_has_a_batch_all_the_same() -> None:

@@ -4,15 +4,16 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
 from pipeline.chunk import MAX_WORD_CHARS, Splitter, chunk_documents, find_headings, split_document
-from pipeline.config import Chunk, Cluster
 from pipeline.schema import PASSAGE, Document, Passage
+from pipeline.stage import only
 from pipeline.store import Stage
-from tests.conftest import rows, write_documents
+from tests.conftest import make_config, rows, write_documents
 
 WORDS = ["the", "quick", "brown", "fox", "don't", "jump", "over", "foo-bar", "3.14", "lazy", "dogs,"]
 WORDS += ["however.", "It", "**was**", "`x`"]
@@ -148,16 +149,19 @@ def test_time_grows_with_length(splitter: Splitter) -> None:
 
 
 def test_chunk_stage(local_ray: None, run_dir: str, tmp_path: Path, tokenizer_dir: str) -> None:
-    config = Chunk(max_tokens=64, shard_passages=8)
+    def chunk(max_tokens: int = 64, model: str = tokenizer_dir) -> dict[str, Any]:
+        settings = {"max_tokens": max_tokens, "shard_passages": 8}
+        return only(chunk_documents([make_config(run_dir, chunk=settings, model={"path": model})]))
+
     with pytest.raises(ValueError, match=r"dedup in .* is not complete"):
-        chunk_documents(run_dir, config, tokenizer_dir, Cluster(), 0.9)
+        chunk()
     documents = [
         Document(str(number), "source", "", f"# Doc {number}\n\n" + "words here. " * 400) for number in range(5)
     ]
     write_documents(run_dir, "dedup", [documents[:3], documents[3:]])
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
-        chunk_documents(run_dir, config, str(tmp_path), Cluster(), 0.9)
-    manifest = chunk_documents(run_dir, config, tokenizer_dir, Cluster(), 0.9)
+        chunk(model=str(tmp_path))
+    manifest = chunk()
 
     stage = Stage(run_dir, "chunk", PASSAGE)
     assert manifest["rows_in"] == 5
@@ -167,6 +171,6 @@ def test_chunk_stage(local_ray: None, run_dir: str, tmp_path: Path, tokenizer_di
     passages = rows(stage)
     assert manifest["rows_out"] == len(passages) == len({row["passage_id"] for row in passages})
     assert {row["heading"] for row in passages} == {f"Doc {number}" for number in range(5)}
-    assert chunk_documents(run_dir, config, tokenizer_dir, Cluster(), 0.9) == manifest
+    assert chunk() == manifest
     with pytest.raises(ValueError, match="max_tokens"):
-        chunk_documents(run_dir, Chunk(max_tokens=32), tokenizer_dir, Cluster(), 0.9)
+        chunk(32)

@@ -2,14 +2,16 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 
-from pipeline.config import Cluster
-from pipeline.dedup import DedupWorker, drop_duplicates, plan_units, sign
+from pipeline.dedup import DedupWorker, dedup_job, plan_units, sign
 from pipeline.schema import DOCUMENT, Document, digest
+from pipeline.stage import Actors, only, run_alike
 from pipeline.store import Stage
-from tests.conftest import assert_counted, rows, write_documents
+from tests.conftest import assert_counted, make_config, rows, write_documents
 
 
 def make(name: str, text: str) -> Document:
@@ -34,6 +36,22 @@ def test_the_first_of_equals_stays(run_dir: str) -> None:
         ("e", "duplicate", "kept: a"),
     }
     assert [(unit.rows_in, unit.rows_out) for unit in committed] == [(2, 1), (1, 1), (2, 0), (1, 1)]
+
+
+def test_ids_are_compared_part_by_part(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.dedup.PART_ROWS", 20)
+    generator = random.Random(0)
+    texts = [str(generator.randrange(100)) for _ in range(200)]
+    documents = [make(str(row), text) for row, text in enumerate(texts)]
+    write_documents(run_dir, "read", [documents[start : start + 30] for start in range(0, 200, 30)])
+    dropped = [
+        (30 * number + row, reason, source)
+        for number, unit in enumerate(plan_units(run_dir, None))
+        for row, reason, source in unit["drop"]
+    ]
+    assert dropped == [
+        (row, "duplicate", str(texts.index(text))) for row, text in enumerate(texts) if texts.index(text) < row
+    ]
 
 
 def test_a_stage_without_rows(run_dir: str) -> None:
@@ -66,10 +84,15 @@ def test_near_duplicates(local_ray: None, run_dir: str) -> None:
         texts = [text, changed, changed, make_text(generator)]
         documents += [make(f"{name}{number}", text) for number, text in enumerate(texts, 1)]
     copies = [make(f"copy{number}", documents[0].text) for number in range(90)]
+
+    def drop_duplicates(threshold: float | None) -> dict[str, Any]:
+        config = make_config(run_dir, read={"paths": ["unused"], "near_duplicate_threshold": threshold})
+        return only(run_alike([partial(dedup_job, config)], Actors(config.cluster)))
+
     with pytest.raises(ValueError, match=r"read in .* is not complete"):
-        drop_duplicates(run_dir, 0.8, Cluster())
+        drop_duplicates(0.8)
     write_documents(run_dir, "read", [documents[:3], documents[3:], copies])
-    manifest = drop_duplicates(run_dir, 0.8, Cluster())  # more than nine in ten are duplicates, and the stage goes on
+    manifest = drop_duplicates(0.8)  # more than nine in ten are duplicates, and the stage goes on
 
     stage = Stage(run_dir, "dedup", DOCUMENT)
     assert rejected(stage) == {
@@ -80,4 +103,4 @@ def test_near_duplicates(local_ray: None, run_dir: str) -> None:
     assert [row["source"] for row in rows(stage)] == ["e1", "e4", "z1", "z4"]
     assert_counted(manifest)
     with pytest.raises(ValueError, match=r"near_duplicate_threshold was 0\.8, is now None"):
-        drop_duplicates(run_dir, None, Cluster())
+        drop_duplicates(None)

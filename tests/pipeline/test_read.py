@@ -3,14 +3,16 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.config import Cluster, Read
-from pipeline.read import File, list_files, read_documents, read_file
+from pipeline.config import Read
+from pipeline.read import UNIT_BYTES, File, _plan_units, list_files, read_documents, read_file
 from pipeline.schema import DOCUMENT, Rejected
+from pipeline.stage import only
 from pipeline.store import Folder, Stage
-from tests.conftest import assert_counted, rows
+from tests.conftest import assert_counted, make_config, rows
 
 GOOD = {
     "plain.txt": b"\xef\xbb\xbfone\r\ntwo",
@@ -41,26 +43,29 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_a_corpus_of_everything(local_ray: None, corpus: Path, run_dir: str) -> None:
-    config = Read(paths=[str(corpus)], unit_files=5)
+    def read_all(max_reject_share: float = 0.9, redo: bool = False) -> dict[str, Any]:
+        settings = {"paths": [str(corpus)], "unit_files": 5}
+        return only(read_documents([make_config(run_dir, read=settings, max_reject_share=max_reject_share)], redo))
+
     read, dedup = Stage(run_dir, "read", DOCUMENT), Stage(run_dir, "dedup", DOCUMENT)
     with pytest.raises(ValueError, match="max_reject_share"):
-        read_documents(run_dir, config, Cluster(), 0.1)
+        read_all(0.1)
     (corpus / "UPPER.TXT").write_bytes(b"changed")
     with pytest.raises(ValueError, match="listing was"):
-        read_documents(run_dir, config, Cluster(), 0.9)
+        read_all()
     with pytest.raises(ValueError, match="max_reject_share"):
-        read_documents(run_dir, config, Cluster(), 0.1, redo=True)
+        read_all(0.1, redo=True)
     assert read.manifest() is None
     units = {path: path.stat().st_mtime_ns for path in Path(run_dir).glob("read/units/*")}
 
     dedup.open({"input": "older"})
     with pytest.raises(ValueError, match="input was 'older'"):
-        read_documents(run_dir, config, Cluster(), 0.9)
-    manifests = read_documents(run_dir, config, Cluster(), 0.9, redo=True)
+        read_all()
+    manifests = read_all(redo=True)
     # A larger share needs no unit again.
     assert {path: path.stat().st_mtime_ns for path in Path(run_dir).glob("read/units/*")} == units
     assert len(units) == -(-manifests["read"]["stats"]["files"] // 5) == 3
-    assert read_documents(run_dir, config, Cluster(), 0.9) == manifests
+    assert read_all() == manifests
 
     rejected = {os.path.relpath(row["record_id"], corpus): row["reason"] for row in read.read_rejected().to_pylist()}
     assert rejected == BAD | {
@@ -98,8 +103,8 @@ def test_from_bucket_to_bucket(local_ray: None, bucket: Folder) -> None:
     (corpus / "sub").write_bytes("rows.jsonl", b'{"text": "first row"}\n{"body": "no text"}\n')
     # A run inside the corpus must not read itself.
     run = corpus / "run"
-    config = Read(paths=[corpus.uri], unit_files=2)
-    manifests = read_documents(run.uri, config, Cluster(), 0.9)
+    config = make_config(run.uri, read={"paths": [corpus.uri], "unit_files": 2})
+    manifests = only(read_documents([config]))
 
     dedup = Stage(run.uri, "dedup", DOCUMENT)
     assert [(row["source"], row["text"]) for row in rows(dedup)] == [
@@ -110,7 +115,7 @@ def test_from_bucket_to_bucket(local_ray: None, bucket: Folder) -> None:
     assert duplicate["detail"] == "kept: s3://bucket/corpus/a.txt"
     assert manifests["read"]["rejected"] == {"no_text_field": 1}
     assert manifests["read"]["stats"]["files"] == 3
-    assert read_documents(run.uri, config, Cluster(), 0.9) == manifests
+    assert only(read_documents([config])) == manifests
 
     pattern = (corpus / "**" / "*.jsonl").uri
     assert [file.source for file in list_files([pattern])] == ["s3://bucket/corpus/sub/rows.jsonl"]
@@ -118,6 +123,14 @@ def test_from_bucket_to_bucket(local_ray: None, bucket: Folder) -> None:
     for missing in (bucket / "missing", Folder(bucket.uri.replace("@bucket", "@no-such-bucket"))):
         with pytest.raises(ValueError, match=r"read\.paths"):
             list_files([missing.uri])
+
+
+def test_units_are_of_some_files_or_some_bytes() -> None:
+    sizes = [1, 1, 1, 1, UNIT_BYTES, 1, UNIT_BYTES, 1]
+    units = list(_plan_units([File(str(number), size=size) for number, size in enumerate(sizes)], 3))
+    assert [[int(file["path"]) for file in unit["files"]] for unit in units] == [[0, 1, 2], [3, 4], [5, 6], [7]]
+    assert [unit["name"] for unit in units] == ["000000", "000001", "000002", "000003"]
+    assert list(_plan_units([], 3)) == []
 
 
 def test_a_file_that_vanishes_after_listing(tmp_path: Path) -> None:

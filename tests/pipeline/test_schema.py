@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 MAY_IMPORT = {
     "pipeline": ("pipeline",),
     "serve": ("serve", "pipeline"),
-    "cluster": ("cluster", "pipeline.config", "pipeline.stage", "pipeline.store"),
+    "cluster": ("cluster", "pipeline.config", "pipeline.resources", "pipeline.stage", "pipeline.store"),
 }
 
 

@@ -100,8 +100,10 @@ def test_commit_and_close(folder: Folder) -> None:
     assert first.shards == ["000000-00000.parquet", "000000-00001.parquet"] and second.shards == []
     assert stage.committed() == {"000000", "000001"}
     assert list(stage.units()) == [first, second] and stage.unit("000000") == first
+    assert stage.find_unit("000001") == second and stage.find_unit("000002") is None
     assert stage.read_unit("000000").equals(table("a", "b", "d")) and not stage.read_unit("000001").num_rows
     assert stage.read_shard(first.shards[1], ["text"]).to_pylist() == [{"text": "text of d"}]
+    assert stage.read_shard(first.shards[1], ["text", "doc_id"]).column_names == ["text", "doc_id"]
     assert stage.read_rejected().to_pylist() == [
         {"stage": "read", "record_id": "c.txt", "reason": "empty", "detail": "no text"}
     ]
@@ -146,6 +148,15 @@ def test_other_settings_are_named(folder: Folder) -> None:
     assert stage.committed() == set() and (stage.folder / "data").list() == []
     with pytest.raises(ValueError, match=r"question\.seed was 1, is now 0"):
         stage.open(begun)
+
+
+def test_units_come_in_order_of_their_names(folder: Folder) -> None:
+    stage = Stage(folder.uri, "read", DOCUMENT)
+    names = [f"{number:06d}" for number in range(150)]
+    for name in reversed(names):
+        stage.commit(name, [], [], 1)
+    assert [unit.name for unit in stage.units()] == names and next(stage.units()).name == names[0]
+    assert stage.totals()["rows_in"] == 150
 
 
 def test_the_data_digest_is_that_of_settings_and_shards(tmp_path: Path) -> None:

@@ -2,28 +2,35 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.raylets import WORKER, empty_cluster, until
 from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
 from pipeline.config import Config
 from pipeline.engine import Completion, load_tokenizer, render_chat
 from pipeline.prompts import student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
+from pipeline.stage import only
 from pipeline.store import Stage
-from pipeline.train import train_adapter
+from pipeline.train import train_adapters
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-MODEL = Path(__file__).parents[2] / ".models" / "smollm2-135m-instruct"
+MODEL = ROOT / ".models" / "smollm2-135m-instruct"
 TOP_K, NUM_ANSWERS, NUM_GENERAL, ANSWER_TOKENS = 64, 24, 6, 12
 
 
@@ -81,12 +88,14 @@ def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name, schema, table in tables:
         stage = Stage(str(run_dir), name, schema)
         stage.open({"model": identity})
-        stage.commit("0", [table], [], table.num_rows)
+        stage.commit("0" if name == "chunk" else "0-00000", [table], [], table.num_rows)
         stage.close(0.0)
     return run_dir
 
 
-def train(answered: Path, model: Path, folder: Path, num_workers: int = 1, **settings: Any) -> tuple[list[float], Path]:
+def train(
+    answered: Path, model: Path, folder: Path, num_workers: int = 1, previous: Path | None = None, **settings: Any
+) -> tuple[list[float], Path]:
     """Train on a copy of the run directory; return the loss of every step, and the adapter's folder."""
     run_dir = folder / f"run{num_workers}-{'-'.join(map(str, settings.values()))}"
     shutil.copytree(answered, run_dir)
@@ -97,6 +106,7 @@ def train(answered: Path, model: Path, folder: Path, num_workers: int = 1, **set
             "read": {"paths": ["unused"]},
             "publish": {"registry": str(folder / "registry"), "name": "test"},
             "cluster": {"num_workers": num_workers, "worker_cpus": 1},
+            "update": {"previous_run": str(previous), "replay_share": 0.2} if previous else {},
             "train": {
                 "epochs": 6,
                 "batch_tokens": 512,
@@ -109,7 +119,7 @@ def train(answered: Path, model: Path, folder: Path, num_workers: int = 1, **set
             | settings,
         }
     )
-    train_adapter(config, load_base_model(str(model)))
+    only(train_adapters([config], load_base_model(str(model))))
     history = json.loads((run_dir / "train" / "history.json").read_text())
     return [entry["loss"] for entry in history], run_dir / "train" / "adapter"
 
@@ -125,9 +135,10 @@ def test_the_loss_falls_and_the_adapter_is_the_one_that_was_trained(
     losses, adapter = reference
     assert losses[-1] < 0.8 * losses[0]
     assert min(losses) >= 0
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, str(adapter))
-    row = Stage(str(answered), "filter", ANSWER).read_unit("0").slice(0, 1).to_pylist()[0]
+    row = Stage(str(answered), "filter", ANSWER).read_unit("0-00000").slice(0, 1).to_pylist()[0]
     ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
     top = torch.tensor(row["topk_ids"]).view(-1, TOP_K)
     teacher = torch.tensor(row["topk_logprobs"], dtype=torch.float32).view(-1, TOP_K)
@@ -156,3 +167,72 @@ def test_the_online_teacher_agrees_with_the_stored_one(
     losses, _ = train(answered, tiny_model, tmp_path, teacher="online")
     assert (np.asarray(losses) >= 0.98 * np.asarray(reference[0])).all()
     assert np.corrcoef(losses, reference[0])[0, 1] > 0.85
+
+
+@pytest.mark.nodes
+def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
+    answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """SIGTERM to the node of one of two workers: both save, the node goes, another comes, and no step is lost."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(answered, run_dir)
+    config = tmp_path / "corpus.toml"
+    config.write_text(
+        f"""
+        run_dir = "{run_dir}"
+        model.path = "{tiny_model}"
+        read.paths = ["unused"]
+        publish = {{ registry = "{tmp_path}/registry", name = "test" }}
+        cluster = {{ num_workers = 2, worker_cpus = 1, worker_labels = {{ pool = "train" }} }}
+        [train]
+        epochs = 150
+        batch_tokens = 512
+        row_tokens = 128
+        micro_rows = 2
+        lora.rank = 8
+        checkpoint_steps = 1000000
+        """
+    )
+    saved, progress = run_dir / "train" / "checkpoints", run_dir / "train" / "progress.json"
+    with empty_cluster() as cluster:
+        cluster.start_head(2)
+        environment = cluster.environment | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+        _, leaving = (
+            cluster.add_node(1, "--labels=pool=train", RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="6") for _ in range(2)
+        )
+        head, *_ = until(lambda: len(nodes := cluster.nodes()) == 3 and nodes)
+        with subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "train", config], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+        ) as driver:
+            until(progress.exists)
+            assert head not in cluster.actor_nodes(WORKER), "there were free CPUs, but not the label"
+            leaving.send_signal(signal.SIGTERM)
+            (checkpoint,) = until(lambda: list(saved.glob("*.json")))
+            assert leaving.poll() is None, "it was saved before the node went"
+            until(lambda: not cluster.actors(WORKER))
+            progress.unlink()
+            cluster.add_node(1, "--labels=pool=train")
+            until(progress.exists)
+            assert json.loads(progress.read_text())["step"] > int(checkpoint.stem) > 0
+            _, errors = driver.communicate()
+        assert driver.returncode == 0, errors.decode()[-4000:]
+    history = json.loads((run_dir / "train" / "history.json").read_text())
+    assert [entry["step"] for entry in history] == list(range(1, len(history) + 1))
+
+
+def test_an_update_goes_on_from_the_previous_adapter_with_old_answers_among_the_new(
+    reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """One passage of three is new: an epoch has its answers once, and a few of the old and the general ones."""
+    first, adapter = reference
+    previous = adapter.parents[1]
+    changed = tmp_path / "changed"
+    shutil.copytree(answered, changed)
+    shard = changed / "chunk" / "data" / "0-00000.parquet"
+    passages = pq.read_table(shard)
+    texts = passages["text"].to_pylist()
+    text = pa.array([*texts[:2], f"{texts[2]} It burnt down."])
+    pq.write_table(passages.set_column(passages.column_names.index("text"), "text", text), shard)
+    losses, _ = train(changed, tiny_model, tmp_path, previous=previous)
+    assert losses[0] < 0.8 * first[0], "the adapter of the previous run knows these answers"
+    assert len(losses) < len(first), "an epoch is shorter than one over the whole corpus"

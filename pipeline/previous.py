@@ -1,0 +1,85 @@
+"""A corpus that changed -> what an earlier run of it already wrote.
+
+In: `update.previous_run`. Out: for passages whose heading and text stood there, too, their questions and answers, so
+that only new and changed passages are written about. Rows keep their ids unless the passage got another one.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.base_model import BaseModel
+from pipeline.config import Config
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, digest
+from pipeline.store import Stage
+
+CACHED_UNITS = 4
+IDS = ("question_id", "answer_id")
+
+
+class PreviousRun:
+    """What stands in a run directory about each passage; without one, nothing. Holds 100 bytes a passage in memory."""
+
+    def __init__(self, run_dir: str | None) -> None:
+        self._passages: dict[bytes, tuple[str, str]] = {}  # key -> unit and id there
+        if run_dir is None:
+            return
+        passages = Stage(run_dir, "chunk", PASSAGE)
+        for shard in passages.shards():
+            for row in passages.read_shard(shard, ["passage_id", "heading", "text"]).to_pylist():
+                self._passages.setdefault(_key(row), (shard.removesuffix(".parquet"), row["passage_id"]))
+        self._stages = {"question": Stage(run_dir, "question", QUESTION), "answer": Stage(run_dir, "answer", ANSWER)}
+        self._read = lru_cache(CACHED_UNITS)(lambda stage, unit: self._stages[stage].read_unit(unit))
+
+    def holds(self, passage: dict[str, Any]) -> bool:
+        """Say whether this heading and text stood there."""
+        return _key(passage) in self._passages
+
+    def rows(self, stage: str, passages: list[dict[str, Any]]) -> pa.Table:
+        """Return what the stage `question` or `answer` has about these passages, all of which it must hold."""
+        schema = {"question": QUESTION, "answer": ANSWER}[stage]
+        return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in passages)])
+
+    def _rows(self, stage: str, passage: dict[str, Any]) -> pa.Table:
+        unit, previous_id = self._passages[_key(passage)]
+        rows = self._read(stage, unit).filter(pc.field("passage_id") == previous_id)
+        if (new_id := passage["passage_id"]) == previous_id:
+            return rows
+        # Two passages of the same text would otherwise give two rows of the same id.
+        for name in IDS:
+            if name in rows.column_names:
+                ids = pa.array([digest(value, new_id) for value in rows[name].to_pylist()], pa.string())
+                rows = rows.set_column(rows.schema.get_field_index(name), name, ids)
+        same = pa.array([new_id] * rows.num_rows, pa.string())
+        return rows.set_column(rows.schema.get_field_index("passage_id"), "passage_id", same)
+
+
+def _key(passage: dict[str, Any]) -> bytes:
+    return bytes.fromhex(digest(passage["heading"], passage["text"]))
+
+
+def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:
+    """Return what the writing depends on; ValueError if this base model cannot go on from the previous run."""
+    if config.update.previous_run is None:
+        return {}
+    previous = Stage(config.update.previous_run, "answer", ANSWER).require()
+    wrote = previous["settings"]
+    for name, was, now in (
+        *((f"{name} of its base model", wrote["model"][name], value) for name, value in base.identity().items()),
+        ("answer.top_k", wrote["answer"]["top_k"], config.answer.top_k),
+    ):
+        if was != now:
+            raise ValueError(
+                f"update.previous_run = {config.update.previous_run!r}: {name} is {was}, now {now}; go on with the "
+                "same, or remove update.previous_run"
+            )
+    return {"previous": previous["data_digest"]}
+
+
+def split_rows(rows: pa.Table, passages: pa.Table, previous: PreviousRun) -> tuple[pa.Table, pa.Table]:
+    """Part the rows about some passages into those about new ones and those about passages that stood there before."""
+    old = [row["passage_id"] for row in passages.to_pylist() if previous.holds(row)]
+    is_old = pc.field("passage_id").isin(pa.array(old, pa.string()))
+    return rows.filter(~is_old), rows.filter(is_old)

@@ -1,0 +1,102 @@
+"""Config -> what a run asks Ray for: pure arithmetic, no Ray.
+
+In: `[cluster]` and the size of the base model. Out: one `Demand` per stage that needs more than a core, and, against
+the nodes that exist, one sentence per demand that cannot be met.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+from pipeline.config import Config
+
+GPU_OVERHEAD = 1.2  # weights to memory: activations, CUDA context; keys and values come on top
+NAMES = {"CPU": "CPU cores", "GPU": "GPUs"}
+
+
+class Demand(NamedTuple):
+    """`count` bundles of resources at the same time, each on one node; `least` of them let the run go on."""
+
+    stage: str
+    count: int
+    least: int
+    bundle: dict[str, float]
+    labels: dict[str, str]  # selectors that a node's labels must match
+    settings: str  # the settings that decide it
+
+
+def demands(config: Config) -> list[Demand]:
+    """Return what the stages ask for; they run one after the other, so each has the cluster to itself."""
+    cluster = config.cluster
+    engine = {"CPU": float(cluster.engine_cpus), "GPU": float(cluster.engine_gpus)}
+    worker = {"CPU": float(cluster.worker_cpus), "GPU": float(cluster.worker_gpus)}
+    engines = Demand(
+        "write",
+        cluster.num_engines,
+        1,
+        engine,
+        cluster.engine_labels,
+        "cluster.num_engines, engine_gpus, engine_cpus and engine_labels",
+    )
+    workers = Demand(
+        "train",
+        cluster.num_workers,
+        cluster.num_workers,
+        worker,
+        cluster.worker_labels,
+        "cluster.num_workers, worker_gpus, worker_cpus and worker_labels",
+    )
+    return [engines, workers]
+
+
+def unmet(demand: Demand, nodes: list[dict[str, Any]]) -> str | None:
+    """Say what is missing on these nodes, as `ray.nodes()` lists them, or None if the stage can run.
+
+    Fewer engines than asked for only make the run slower; a training worker less, and it waits for ever.
+    """
+    bundle = {name: amount for name, amount in demand.bundle.items() if amount}
+    asked = " and ".join(f"{amount:g} {NAMES[name]}" for name, amount in bundle.items())
+    where = "".join(f" with {key} = {selector!r}" for key, selector in demand.labels.items())
+    usable = [node["Resources"] for node in nodes if has_labels(node["Labels"], demand.labels)]
+    if nodes and not usable:
+        return (
+            f"stage {demand.stage} needs nodes{where}, and none of the {len(nodes)} nodes is one. Label them "
+            f"(ray start --labels), or change {demand.settings}"
+        )
+    places = sum(min(math.floor(node.get(name, 0) / amount) for name, amount in bundle.items()) for node in usable)
+    if places >= demand.least:
+        return None
+    best = ", ".join(f"{max((node.get(name, 0) for node in usable), default=0):g} {NAMES[name]}" for name in bundle)
+    return (
+        f"stage {demand.stage} needs {demand.least} x ({asked}), each on one node{where}; there is room for {places}, "
+        f"and the largest node has {best}. Add nodes, or lower {demand.settings}"
+    )
+
+
+def has_labels(labels: dict[str, str], selectors: dict[str, str]) -> bool:
+    """Say whether a node with these labels matches all of Ray's selectors: "a", "!a", "in(a, b)", "!in(a, b)"."""
+    for key, selector in selectors.items():
+        wanted = re.split(r", ?", re.sub(r"^!?(in\()?|\)$", "", selector))
+        if (labels.get(key) in wanted) == selector.startswith("!"):
+            return False
+    return True
+
+
+def model_fits(config: Config, weight_bytes: int, gpu_bytes: int, memory_bytes: int | None = None) -> str | None:
+    """Say why the base model does not fit the GPUs of one engine or, without any, the memory; None if it does."""
+    cluster = config.cluster
+    gpus = cluster.engine_gpus
+    weights = f"the base model's weights are {weight_bytes / 2**30:.1f} GiB"
+    if not gpus:
+        if memory_bytes is None or weight_bytes + (cluster.kv_cache_gb << 30) <= memory_bytes:
+            return None
+        return (
+            f"{weights}, too much with cluster.kv_cache_gb = {cluster.kv_cache_gb} for {memory_bytes / 2**30:.1f} GiB "
+            "of memory; take a smaller model, or lower it"
+        )
+    room = gpu_bytes * cluster.gpu_memory_share
+    if weight_bytes * GPU_OVERHEAD <= gpus * room:
+        return None
+    needed = math.ceil(weight_bytes * GPU_OVERHEAD / room)
+    have = f"{gpus} GPUs of {gpu_bytes / 2**30:.0f} GiB"
+    return f"{weights}, too much for {have}; set cluster.engine_gpus to {needed} or more"

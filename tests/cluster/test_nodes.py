@@ -1,0 +1,214 @@
+"""Several real raylets: what is lost when parts of a cluster die, where a job's work runs, which nodes come and go.
+
+Run by `make test-nodes`; every test starts a cluster or trains, and takes a minute or two.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+from benchmarks import chaos
+from benchmarks.raylets import ENGINE, WORKER, empty_cluster, local_cluster, title, until
+from pipeline.schema import ANSWER
+from pipeline.store import Stage
+from tests.conftest import ROOT
+from tests.pipeline.test_run import DOCUMENTS, MODEL, finish
+from tests.pipeline.test_run import start as start_driver
+from tests.pipeline.test_train import answered as answered
+from tests.pipeline.test_train import tiny_model as tiny_model
+from tests.pipeline.test_train import train
+
+pytestmark = pytest.mark.nodes
+
+SMALL = chaos.Size(documents=12, questions=8, kills={}, pause_s=0)
+
+
+@pytest.mark.parametrize("where", [[], ["--bucket"]], ids=["disk", "bucket"])
+def test_nothing_is_lost_and_nothing_comes_twice(where: list[str]) -> None:
+    """An engine, a raylet and the driver die; in a bucket, requests fail and stall as well."""
+    command = [sys.executable, "-m", "benchmarks.chaos", "--quick", *where]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    claims = json.loads(done.stdout.splitlines()[-1])["claims"]
+    assert all(claim["met"] for claim in claims), claims
+
+
+def test_a_submitted_job_works_on_several_nodes(tmp_path: Path) -> None:
+    """All stages on four nodes, the head without CPUs: two engines and two training workers, each on its own node."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name, text in DOCUMENTS.items():
+        (corpus / name).write_text(text or "")
+    # What is in the checkout travels to the cluster.
+    with local_cluster([0, 1, 1, 1]) as cluster, tempfile.NamedTemporaryFile("w", dir=ROOT, suffix=".toml") as config:
+        config.write(
+            f"""
+            run_dir = "{tmp_path}/run"
+            max_reject_share = 1.0
+            [model]
+            path = "{MODEL}"
+            max_model_len = 1024
+            [read]
+            paths = ["{corpus}"]
+            [chunk]
+            shard_passages = 1
+            [question]
+            per_passage = 4
+            max_rounds = 1
+            max_tokens = 64
+            [answer]
+            max_tokens = 32
+            [filter]
+            keep_unfinished = true
+            [train]
+            epochs = 1
+            row_tokens = 128
+            lora = {{ rank = 8 }}
+            [general]
+            prompts = 6
+            held_out = 4
+            max_tokens = 24
+            [evaluate]
+            max_tokens = 8
+            [publish]
+            registry = "{tmp_path}/registry"
+            name = "submitted"
+            gate = {{ min_gap_closed = -9.0 }}
+            [cluster]
+            num_engines = 2
+            engine_cpus = 1
+            kv_cache_gb = 1
+            num_workers = 2
+            worker_cpus = 1
+            """
+        )
+        config.flush()
+
+        def call(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, "-m", "cluster", command, config.name, *arguments],
+                cwd=ROOT,
+                env=cluster.environment,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+
+        checked = call("check")
+        assert checked.returncode == 0, checked.stderr
+        missing = call("check", "cluster.num_workers=4")
+        assert missing.returncode == 2 and "room for 3" in missing.stderr, missing.stderr
+        done = call("submit")
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+        head, *others = cluster.nodes()
+        writers, trainers = cluster.actor_nodes(ENGINE), cluster.actor_nodes(WORKER)
+        assert len(others) == 3 and head not in writers | trainers
+        assert len(writers) >= 2 and len(trainers) == 2
+        assert call("submit", "train.epochs=2").returncode == 2, "the job's exit code is ours"
+    result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    assert Path(result["adapter"], "adapter_model.safetensors").is_file()
+
+
+def test_nodes_come_for_waiting_engines_and_idle_ones_go(tmp_path: Path) -> None:
+    """Ray's autoscaler starts from a head without CPUs; two engines ask for a node each, and both get work."""
+    config = str(chaos.write_config(tmp_path, SMALL, engines=2))
+    scaling = yaml.safe_load((ROOT / "cluster" / "fake_autoscaler.yaml").read_text())
+    log = tmp_path / "log"
+    with empty_cluster() as cluster:
+        scaling["provider"]["gcs_address"] = cluster.address
+        file = tmp_path / "autoscaler.yaml"
+        file.write_text(yaml.safe_dump(scaling))
+        environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        cluster.start_head(0, f"--autoscaling-config={file}", **environment)
+        assert len(cluster.nodes()) == 1
+        chaos.run(cluster, log, "read", config)
+        chaos.run(cluster, log, "chunk", config)
+        driver = chaos.start(cluster, log, "write", config, "cluster.engine_cpus=2")
+        until(lambda: len(cluster.actors(ENGINE)) == 2)
+        assert len(cluster.nodes()) == 3, "a node for each engine"
+        assert driver.wait() == 0, log.read_text()[-4000:]
+        assert len(cluster.actor_nodes(ENGINE)) >= 2
+        until(lambda: len(cluster.nodes()) == 1)
+    assert len(Stage(f"{tmp_path}/run", "answer", ANSWER).committed()) == SMALL.documents
+
+
+STEADY = {"epochs": 12, "checkpoint_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    local_ray: None, answered: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> np.ndarray:
+    losses, _ = train(answered, tiny_model, tmp_path_factory.mktemp("undisturbed"), num_workers=2, **STEADY)
+    return np.asarray(losses)
+
+
+def assert_same_course(losses: list[float], undisturbed: np.ndarray) -> None:
+    """Not to the last digit: sums in another order differ in bf16."""
+    assert len(losses) == len(undisturbed)
+    assert np.abs(np.asarray(losses) - undisturbed).max() < 0.05 * undisturbed[0]
+
+
+def test_training_goes_on_when_a_worker_dies(
+    undisturbed: np.ndarray, answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """One of two workers is killed in mid-epoch: the same call goes on from the last checkpoint."""
+    killed_after: list[int] = []
+
+    def kill() -> None:
+        saved = until(lambda: list(tmp_path.glob("*/train/checkpoints/*.json")))
+        workers = [child for child in psutil.Process().children(recursive=True) if WORKER in title(child)]
+        workers[-1].kill()
+        killed_after.append(int(saved[0].stem))
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    losses, _ = train(answered, tiny_model, tmp_path, num_workers=2, **STEADY)
+    killer.join()
+    assert 0 < killed_after[0] < len(losses)
+    assert_same_course(losses, undisturbed)
+
+
+def test_training_goes_on_with_another_number_of_workers(
+    undisturbed: np.ndarray, answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two workers, then one, then two, the driver killed in between."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(answered, run_dir)
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f"""
+        run_dir = "{run_dir}"
+        model.path = "{tiny_model}"
+        read.paths = ["unused"]
+        publish = {{ registry = "{tmp_path}/registry", name = "test" }}
+        cluster.worker_cpus = 1
+        [train]
+        epochs = {STEADY["epochs"]}
+        checkpoint_steps = {STEADY["checkpoint_steps"]}
+        batch_tokens = 512
+        row_tokens = 128
+        micro_rows = 2
+        learning_rate = 5e-3
+        lora.rank = 8
+        """
+    )
+    saved: set[Path] = set()
+    for num_workers in (2, 1):
+        driver = start_driver(config, "train", f"cluster.num_workers={num_workers}")
+        saved = until(lambda before=saved: set((run_dir / "train" / "checkpoints").glob("*.json")) - before)
+        driver.kill()
+        driver.communicate()
+    finish(config, "train", "cluster.num_workers=2")
+    history = json.loads((run_dir / "train" / "history.json").read_text())
+    assert [entry["step"] for entry in history] == list(range(1, len(undisturbed) + 1))
+    assert_same_course([entry["loss"] for entry in history], undisturbed)

@@ -1,0 +1,64 @@
+"""What an earlier run wrote is found again by the passages' text, under ids that stay unique."""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.previous import PreviousRun, split_rows
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
+from pipeline.store import Stage
+
+
+def write_run(run_dir: str) -> None:
+    passages = [Passage(f"p{i}", "d", "Mills", 0, 9, f"Mill number {i}.") for i in range(3)]
+    questions = [Question(f"q{i}{j}", f"p{i}", "fact", f"What is mill {i}, {j}?") for i in range(3) for j in range(2)]
+    answers = [
+        {"answer_id": f"a{q.question_id}", "question_id": q.question_id, "passage_id": q.passage_id, "text": "a mill"}
+        | {"finish_reason": "stop", "prompt_ids": [1], "answer_ids": [2], "topk_ids": [2], "topk_logprobs": [0.0]}
+        for q in questions
+    ]
+    for name, unit, table in (
+        ("chunk", "000000", to_table(passages, PASSAGE)),
+        ("question", "000000-00000", to_table(questions, QUESTION)),
+        ("answer", "000000-00000", pa.Table.from_pylist(answers, ANSWER)),
+    ):
+        stage = Stage(run_dir, name, table.schema)
+        stage.open({})
+        stage.commit(unit, [table], [], table.num_rows)
+        stage.close(0)
+
+
+def passage(passage_id: str, text: str, heading: str = "Mills") -> dict[str, str]:
+    return {"passage_id": passage_id, "heading": heading, "text": text}
+
+
+def test_rows_of_an_unchanged_passage_are_found_and_others_are_not(tmp_path: Path) -> None:
+    write_run(str(tmp_path))
+    previous = PreviousRun(str(tmp_path))
+    assert previous.holds(passage("p1", "Mill number 1."))
+    assert not previous.holds(passage("p1", "Mill number 1, rebuilt."))
+    assert not previous.holds(passage("p1", "Mill number 1.", heading="Barns"))
+    assert not PreviousRun(None).holds(passage("p1", "Mill number 1."))
+    found = previous.rows("answer", [passage("p1", "Mill number 1.")])
+    assert found["answer_id"].to_pylist() == ["aq10", "aq11"], "an unchanged document keeps its ids"
+    assert previous.rows("question", []).num_rows == 0
+
+
+def test_two_passages_of_the_same_text_give_rows_with_ids_of_their_own(tmp_path: Path) -> None:
+    write_run(str(tmp_path))
+    twice = [passage("x", "Mill number 1."), passage("y", "Mill number 1.")]
+    previous = PreviousRun(str(tmp_path))
+    questions, answers = previous.rows("question", twice), previous.rows("answer", twice)
+    assert questions["passage_id"].to_pylist() == ["x", "x", "y", "y"]
+    assert len(set(questions["question_id"].to_pylist())) == 4 and len(set(answers["answer_id"].to_pylist())) == 4
+    assert answers["question_id"].to_pylist() == questions["question_id"].to_pylist(), "every answer has its question"
+
+
+def test_rows_are_parted_by_whether_their_passage_is_new(tmp_path: Path) -> None:
+    write_run(str(tmp_path))
+    passages = pa.Table.from_pylist([passage("p0", "Mill number 0."), passage("p1", "Another mill.")])
+    rows = Stage(str(tmp_path), "question", QUESTION).read_unit("000000-00000").slice(0, 4)
+    new, old = split_rows(rows, passages, PreviousRun(str(tmp_path)))
+    assert set(new["passage_id"].to_pylist()) == {"p1"} and set(old["passage_id"].to_pylist()) == {"p0"}
+    new, old = split_rows(rows, passages, PreviousRun(None))
+    assert (new.num_rows, old.num_rows) == (4, 0)

@@ -1,0 +1,176 @@
+"""What a run asks of a cluster, and what is said where the cluster has not got it."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.raylets import ENGINE, local_cluster, until
+from cluster.submit import refuse_relative_paths, submit
+from pipeline.config import Config
+from pipeline.resources import demands, has_labels, model_fits, unmet
+from pipeline.schema import PASSAGE
+from pipeline.store import Stage
+from tests.conftest import ROOT
+
+GIB = 1 << 30
+
+
+def config(**cluster: Any) -> Config:
+    return Config.model_validate(
+        {
+            "run_dir": "/runs/a",
+            "model": {"path": "/models/a"},
+            "read": {"paths": ["/docs"]},
+            "publish": {"registry": "/registry", "name": "a"},
+            "cluster": cluster,
+        }
+    )
+
+
+def missing(nodes: list[dict[str, float]], labels: list[dict[str, str]] | None = None, **cluster: Any) -> list[str]:
+    seen = [
+        {"Resources": resources, "Labels": labels[number] if labels else {}} for number, resources in enumerate(nodes)
+    ]
+    return [text for demand in demands(config(**cluster)) if (text := unmet(demand, seen))]
+
+
+def test_a_laptop_is_enough_for_the_defaults() -> None:
+    assert missing([{"CPU": 2}]) == []
+
+
+def test_engines_may_be_fewer_and_workers_may_not() -> None:
+    nodes = [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}]
+    assert missing(nodes, num_engines=16, engine_gpus=1, num_workers=2, worker_gpus=1) == []
+    (text,) = missing(nodes, num_engines=16, engine_gpus=1, num_workers=3, worker_gpus=1)
+    assert "stage train needs 3 x (2 CPU cores and 1 GPUs)" in text and "room for 2" in text
+    assert "cluster.num_workers" in text
+
+
+def test_no_gpu_where_one_is_asked_for() -> None:
+    (text,) = missing([{"CPU": 64}], engine_gpus=1)
+    assert "stage write" in text and "the largest node has 64 CPU cores, 0 GPUs" in text
+
+
+def test_tensor_parallelism_stays_on_a_node() -> None:
+    nodes = [{"CPU": 32, "GPU": 4}] * 4
+    assert missing(nodes, engine_gpus=4) == []
+    (text,) = missing(nodes, engine_gpus=8)
+    assert "8 GPUs" in text and "cluster.num_engines, engine_gpus" in text
+
+
+def test_no_nodes_at_all() -> None:
+    assert len(missing([])) == 2
+
+
+def test_engines_and_workers_stay_on_the_nodes_with_their_labels() -> None:
+    nodes = [{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}]
+    labels = [{"gpu": "L40S", "market": "spot"}, {"gpu": "H100"}]
+    apart = {"engine_gpus": 1, "engine_labels": {"gpu": "L40S"}, "worker_gpus": 1, "worker_labels": {"gpu": "H100"}}
+    assert missing(nodes, labels, **apart, num_workers=4) == []
+    (text,) = missing(nodes, labels, **apart, num_workers=5)
+    assert "each on one node with gpu = 'H100'; there is room for 4" in text and "worker_labels" in text
+    (text,) = missing(nodes, labels, **apart | {"engine_labels": {"gpu": "B200"}})
+    assert "stage write needs nodes with gpu = 'B200', and none of the 2 nodes is one" in text
+    assert "engine_labels" in text
+
+
+@pytest.mark.parametrize(
+    ("selector", "matches"),
+    [
+        ("spot", True),
+        ("!spot", False),
+        ("in(spot, on-demand)", True),
+        ("!in(on-demand,none)", True),
+        ("in(a,b)", False),
+    ],
+)
+def test_selectors_mean_what_they_mean_to_ray(selector: str, matches: bool) -> None:
+    assert has_labels({"market": "spot"}, {"market": selector}) is matches
+    assert has_labels({}, {"market": selector}) is selector.startswith("!")
+
+
+@pytest.mark.parametrize("selector", ["", "in()", "-a", "in(a", "!!a", "a b"])
+def test_a_selector_that_ray_would_not_take_stops_at_the_door(selector: str) -> None:
+    with pytest.raises(ValueError, match="engine_labels"):
+        config(engine_labels={"gpu": selector})
+
+
+@pytest.mark.nodes
+def test_an_engine_runs_where_its_labels_are(tmp_path: Path) -> None:
+    """Two nodes with room, one with the label; the base model writes two general prompts."""
+    path = tmp_path / "corpus.toml"
+    path.write_text(
+        f"""
+        run_dir = "{tmp_path}/run"
+        model.path = "{ROOT}/.models/smollm2-135m-instruct"
+        read.paths = ["unused"]
+        publish = {{ registry = "{tmp_path}/registry", name = "test" }}
+        general = {{ prompts = 2, held_out = 0, max_tokens = 16 }}
+        cluster = {{ kv_cache_gb = 1, engine_labels = {{ pool = "in(write, none)", absent = "!x" }} }}
+        """
+    )
+    passages = Stage(f"{tmp_path}/run", "chunk", PASSAGE)
+    passages.open({})
+    passages.close(0)
+    with local_cluster([2]) as cluster:
+        cluster.add_node(2, "--labels=pool=write")
+        head, other = until(lambda: len(nodes := cluster.nodes()) == 2 and nodes)
+
+        def run(*command: str) -> subprocess.CompletedProcess[str]:
+            line = [sys.executable, "-m", *command]
+            return subprocess.run(line, cwd=ROOT, env=cluster.environment, capture_output=True, text=True)
+
+        written = run("pipeline", "general", str(path))
+        assert written.returncode == 0, written.stderr[-4000:]
+        assert cluster.actor_nodes(ENGINE) == {other} != {head}
+        wrong = run("cluster", "check", str(path), "cluster.worker_labels.pool=train", "--address", cluster.address)
+        assert wrong.returncode == 2
+        assert "missing: stage train needs nodes with pool = 'train', and none of the 2 nodes is one" in wrong.stderr
+
+
+def test_a_model_that_does_not_fit() -> None:
+    assert model_fits(config(engine_gpus=1), 14 * GIB, 24 * GIB) is None
+    text = model_fits(config(engine_gpus=2), 140 * GIB, 80 * GIB)
+    assert text and "140.0 GiB" in text and "set cluster.engine_gpus to 3 or more" in text
+    assert model_fits(config(engine_gpus=3), 140 * GIB, 80 * GIB) is None
+    assert model_fits(config(), 140 * GIB, 0) is None, "the CPU build needs no GPU"
+    assert model_fits(config(), 14 * GIB, 0, memory_bytes=16 * GIB) is None
+    text = model_fits(config(kv_cache_gb=4), 14 * GIB, 0, memory_bytes=16 * GIB)
+    assert text and "too much with cluster.kv_cache_gb = 4 for 16.0 GiB of memory" in text
+
+
+GOOD = """
+run_dir = "s3://bucket/run"
+[model]
+path = "/models/a"
+[read]
+paths = ["s3://bucket/docs", "~/docs"]
+[publish]
+registry = "s3://bucket/registry"
+"""
+
+
+@pytest.mark.parametrize("inside", [None, "runs"])
+def test_a_config_that_would_stay_behind_is_refused(tmp_path: Path, inside: str | None) -> None:
+    config = (ROOT / inside if inside else tmp_path) / "corpus.toml"
+    with pytest.raises(ValueError, match="does not travel to the cluster"):
+        submit(str(config), [], None)
+
+
+def test_paths_must_mean_the_same_on_every_node() -> None:
+    refuse_relative_paths(tomllib.loads(GOOD), [])
+    for field, text in {
+        "run_dir": GOOD.replace("s3://bucket/run", "runs/a"),
+        "model.path": GOOD.replace("/models/a", "models/a"),
+        "read.paths": GOOD.replace("s3://bucket/docs", "docs"),
+        "publish.registry": GOOD.replace("s3://bucket/registry", "./registry"),
+    }.items():
+        with pytest.raises(ValueError, match=f"{field} = .* is relative"):
+            refuse_relative_paths(tomllib.loads(text), [])
+    with pytest.raises(ValueError, match=r"run_dir = 'here' is relative"):
+        refuse_relative_paths(tomllib.loads(GOOD), ["run_dir=here"])
+    refuse_relative_paths(tomllib.loads(GOOD.replace("s3://bucket/run", "runs/a")), ["run_dir=s3://bucket/run"])
