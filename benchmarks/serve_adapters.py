@@ -119,10 +119,14 @@ def traffic(base: str, names: list[str], requests: int) -> dict[str, list[str]]:
 
 
 async def measure(url: str, models: list[str], clients: int) -> dict[str, Any]:
-    """Send the requests, so many at a time, after one warm-up; return throughput and times to the first token."""
+    """Send the requests, so many at a time; return throughput and times to the first token.
+
+    Every model is asked once before, since what its first use costs is measured apart.
+    """
     say(f"{len(models)} requests of {clients} clients to {len(set(models))} models")
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
-        await ask(client, url, models[0], 0)
+        for model in sorted(set(models)):
+            await ask(client, url, model, 0)
         gate = asyncio.Semaphore(clients)
 
         async def one(number: int) -> tuple[float, int]:

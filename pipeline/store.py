@@ -246,7 +246,9 @@ class Stage:
 
     def read_rejected(self) -> pa.Table:
         filesystem, path = open_uri((self.folder / "rejected").uri)
-        tables = [pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in (self.folder / "rejected").list()]
+        # By unit: a call that was killed may have left a file that no unit speaks of.
+        names = [f"{unit.name}.parquet" for unit in self.units() if unit.rejected]
+        tables = [pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in names]
         return pa.concat_tables([REJECTED.empty_table(), *tables])
 
     def manifest(self) -> dict[str, Any] | None:

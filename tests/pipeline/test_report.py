@@ -22,6 +22,7 @@ HOSTILE = "<script>alert('mill')</script><img src=http://evil.example/a.png> & $
 ARMS = {"closed_book": 0.125, "adapter": 0.5, "adapter_retrieval": 0.625, "gold_passage": 0.875}
 STATS = {
     "output_tokens": 4321,
+    "answer_tokens": 4321,
     "engine_seconds": 10.0,
     "prompt_tokens": 100,
     "cached_tokens": 50,
