@@ -12,7 +12,7 @@ MODEL := .models/smollm2-135m-instruct
 # Named after the lock's content, so that a changed lock makes a new .venv and nothing else does.
 INSTALLED := .venv/.installed-$(shell cksum < $(LOCK) | tr ' ' '-')
 
-.PHONY: help setup demo serve test test-nodes lint locks clean
+.PHONY: help setup demo serve test test-long lint locks clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -30,8 +30,8 @@ serve: setup ## serve the demo's adapter, and any other of its registry, until C
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-nodes: setup ## run the tests on several raylets, which `make test` leaves out
-	$(BIN)/python -m pytest -m nodes $(ARGS)
+test-long: setup ## run the tests that take minutes, which `make test` leaves out: several raylets, kills of the endpoint
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check .

@@ -85,7 +85,7 @@ def test_store_size(config: Path) -> None:
     assert claims["bytes_per_token"]["value"] > TOP_K * 2
 
 
-@pytest.mark.nodes
+@pytest.mark.long
 def test_scale() -> None:
     config = ROOT / "benchmarks" / "demo" / "demo.toml"
     command = [sys.executable, "-m", "benchmarks.scale", str(config), "--quick"]

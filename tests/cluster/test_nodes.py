@@ -1,6 +1,6 @@
 """Several real raylets: what is lost when parts of a cluster die, where a job's work runs, which nodes come and go.
 
-Run by `make test-nodes`; every test starts a cluster or trains, and takes a minute or two.
+Run by `make test-long`; every test starts a cluster or trains, and takes a minute or two.
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.pipeline.test_train import answered as answered
 from tests.pipeline.test_train import tiny_model as tiny_model
 from tests.pipeline.test_train import train
 
-pytestmark = pytest.mark.nodes
+pytestmark = pytest.mark.long
 
 SMALL = chaos.Size(documents=12, questions=8, kills={}, pause_s=0)
 

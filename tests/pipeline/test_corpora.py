@@ -48,7 +48,7 @@ def test_a_folder_without_corpora_is_refused(tmp_path: Path) -> None:
         load_configs(write_config(tmp_path), [f"corpora={tmp_path}/corpora/mill"])
 
 
-@pytest.mark.nodes
+@pytest.mark.long
 def test_one_job_makes_an_adapter_for_each_corpus_but_the_broken_one() -> None:
     command = [sys.executable, "-m", "benchmarks.corpora", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

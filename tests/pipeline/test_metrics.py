@@ -37,7 +37,7 @@ def test_without_ray_nothing_is_counted_and_nothing_fails() -> None:
     metrics.record_unit(Stage("run", "read", DOCUMENT), Unit("0", 2, 1, {"empty": 1}, [], 9, {"prompt_tokens": 0}))
 
 
-@pytest.mark.nodes
+@pytest.mark.long
 def test_a_runs_figures_arrive_at_ray_s_metrics_port_and_in_its_logs(tmp_path: Path) -> None:
     """Documents, good and bad, on a cluster of one node; its actors are gone when the figures are read."""
     corpus = tmp_path / "corpus"

@@ -99,7 +99,7 @@ def test_a_selector_that_ray_would_not_take_stops_at_the_door(selector: str) -> 
         config(engine_labels={"gpu": selector})
 
 
-@pytest.mark.nodes
+@pytest.mark.long
 def test_an_engine_runs_where_its_labels_are(tmp_path: Path) -> None:
     """Two nodes with room, one with the label; the base model writes two general prompts."""
     path = tmp_path / "corpus.toml"

@@ -169,7 +169,7 @@ def test_the_online_teacher_agrees_with_the_stored_one(
     assert np.corrcoef(losses, reference[0])[0, 1] > 0.85
 
 
-@pytest.mark.nodes
+@pytest.mark.long
 def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
     answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -302,6 +302,7 @@ def finished(browser: webdriver.Chrome) -> list[str] | None:
     return cards if len(cards) == 3 and all("\u2026" not in card for card in cards) else None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", ["EngineCore", "ServeReplica:distillery:AdapterServer"])
 def test_a_killed_process_comes_back_under_load(
     client: openai.OpenAI, url: str, published: Published, victim: str
