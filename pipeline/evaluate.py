@@ -91,19 +91,13 @@ def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False
         cluster = configs[0].cluster
         start_ray(cluster)
         # A process of its own for each, so that its memory is free again for the next.
-        asker = ray.remote(
-            num_cpus=cluster.engine_cpus,
-            num_gpus=cluster.engine_gpus,
-            label_selector=dict(cluster.engine_labels),
-            max_calls=1,
-        )(_ask_all)
+        asker = ray.remote(max_calls=1)(_ask_all).options(
+            num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, label_selector=cluster.engine_labels
+        )
         replies: list[Any] = ray.get(asker.remote(list(tasks.values())))
-        measurer = ray.remote(
-            num_cpus=cluster.worker_cpus,
-            num_gpus=cluster.worker_gpus,
-            label_selector=dict(cluster.worker_labels),
-            max_calls=1,
-        )(_measure_all)
+        measurer = ray.remote(max_calls=1)(_measure_all).options(
+            num_cpus=cluster.worker_cpus, num_gpus=cluster.worker_gpus, label_selector=cluster.worker_labels
+        )
         measured: list[Any] = ray.get(measurer.remote(list(tasks.values()), base.path, replies))
         seconds = (time.monotonic() - started) / len(tasks)
         for (number, task), said, found in zip(tasks.items(), replies, measured, strict=True):

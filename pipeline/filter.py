@@ -24,15 +24,10 @@ TOUCHED_SHARE = 0.5  # of a sentence's content words stand in one question and i
 def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:
     """Run the stage of several corpora; return for each its manifest, or the ValueError."""
     cluster = configs[0].cluster
-    if configs[0].filter.min_initial_kl is None:
-        actors = Actors(cluster, cluster.num_engines)
-    else:
+    actors = Actors(cluster, cluster.num_engines)
+    if configs[0].filter.min_initial_kl is not None:
         actors = Actors(
-            cluster,
-            cluster.num_workers,
-            cluster.worker_cpus,
-            cluster.worker_gpus,
-            labels=cluster.worker_labels,
+            cluster, cluster.num_workers, cluster.worker_cpus, cluster.worker_gpus, labels=cluster.worker_labels
         )
     return run_alike([partial(filter_job, config) for config in configs], actors, redo)
 
@@ -41,7 +36,6 @@ def filter_job(config: Config) -> Job:
     """Describe the stage; it needs the complete answer stage."""
     answers = Stage(config.run_dir, "answer", ANSWER)
     held_out = hold_out(config)
-    needs_model = config.filter.min_initial_kl is not None
     return Job(
         Stage(config.run_dir, "filter", ANSWER),
         {
@@ -52,14 +46,9 @@ def filter_job(config: Config) -> Job:
                 "near_duplicate_threshold": config.evaluate.near_duplicate_threshold,
             },
         },
-        [{"name": unit.name} for unit in answers.units()],
+        [{"name": name} for name in sorted(answers.committed())],
         AnswerFilter,
-        {
-            "run_dir": config.run_dir,
-            "settings": config.filter,
-            "held_out": held_out,
-            "config": config if needs_model else None,
-        },
+        {"config": config, "held_out": held_out},
         config.max_reject_share,
     )
 
@@ -67,23 +56,23 @@ def filter_job(config: Config) -> Job:
 class AnswerFilter:
     """One unit is one shard of answers; owns the closed-book model if answers are judged by initial KL."""
 
-    def __init__(self, run_dir: str, settings: FilterSection, held_out: HeldOut, config: Config | None) -> None:
-        self._stages = [Stage(run_dir, "chunk", PASSAGE), Stage(run_dir, "question", QUESTION)]
-        self._answers = Stage(run_dir, "answer", ANSWER)
-        self._filtered = Stage(run_dir, "filter", ANSWER)
-        self._settings = settings
+    def __init__(self, config: Config, held_out: HeldOut) -> None:
+        self._chunk = Stage(config.run_dir, "chunk", PASSAGE)
+        self._question = Stage(config.run_dir, "question", QUESTION)
+        self._answers = Stage(config.run_dir, "answer", ANSWER)
+        self._filtered = Stage(config.run_dir, "filter", ANSWER)
+        self._settings = config.filter
         self._held_out = held_out
         self._near = NearQuestions(held_out)
         self._scorer = None
-        if config is not None:
+        if config.filter.min_initial_kl is not None:
             from pipeline.student import KlScorer
 
             self._scorer = KlScorer(config.train, config.model.path, config.cluster.worker_cpus)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
-        chunk, question = self._stages
-        passages = {row["passage_id"]: row for row in chunk.read_shard(f"{unit['name']}.parquet").to_pylist()}
-        texts = {row["question_id"]: row["text"] for row in question.read_unit(unit["name"]).to_pylist()}
+        passages = {row["passage_id"]: row for row in self._chunk.read_shard(f"{unit['name']}.parquet").to_pylist()}
+        texts = {row["question_id"]: row["text"] for row in self._question.read_unit(unit["name"]).to_pylist()}
         answers = self._answers.read_unit(unit["name"])
         reasons = find_reasons(answers, texts, self._settings)
         for index, question_id in enumerate(answers["question_id"].to_pylist()):

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +31,7 @@ CODE = Path(__file__).resolve().parent.parent
 NOT_CODE = [".git", ".venv", ".models", "runs", "registry", "tests", "benchmarks/results", "**/__pycache__"]
 _OBJECT_STORE = 256 << 20  # bytes; rows stay in shards, so only unit names pass through it
 SMALL_PIECES = 128  # the work ends with so many pieces, at least, of a single unit
+MAX_DEATHS = 8  # of actors over the same piece of work; with one more, the run gives up
 
 
 def start_ray(cluster: Cluster) -> None:
@@ -227,21 +229,39 @@ def _map_work(work: list[str], jobs: list[Job], actors: Actors) -> Iterator[int]
     if not work:
         return
     import ray.data
+    import ray.exceptions
+    from ray.util.annotations import RayDeprecationWarning
 
     count = actors.count or int(ray.cluster_resources().get("CPU", 1))
     # One block per piece makes each a task of its own; a repartition would wait for a core that the engines hold.
     pieces = [{"work": piece} for piece in _pieces(work, count)]
-    dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
-        _UnitActor,
-        fn_constructor_kwargs={"jobs": [(job.stage, job.worker, job.arguments) for job in jobs], "actors": actors},
-        batch_size=None,
-        batch_format="pyarrow",
-        # All of them from the start: a pool that grows asks for no more than the cluster has, and for a node at a time.
-        # Those without room wait, for which an autoscaler adds nodes; the others work.
-        compute=ray.data.ActorPoolStrategy(size=min(count, len(pieces)), max_tasks_in_flight_per_actor=2),
-        num_cpus=actors.cpus,
-        num_gpus=actors.gpus,
-        label_selector=actors.labels,
-    )
-    for row in dataset.iter_rows():
-        yield len(json.loads(row["done"]))
+    dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces))
+    # All of them from the start: a pool that grows asks for no more than the cluster has, and for a node at a time.
+    # Those without room wait, for which an autoscaler adds nodes; the others work.
+    pool = ray.data.ActorPoolStrategy(size=min(count, len(pieces)), max_tasks_in_flight_per_actor=2)
+    with warnings.catch_warnings():
+        # Ray deprecates this way to give `max_task_retries`, without which it retries forever, and has no other yet.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = dataset.map_batches(
+            _UnitActor,
+            fn_constructor_kwargs={"jobs": [(job.stage, job.worker, job.arguments) for job in jobs], "actors": actors},
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=pool,
+            num_cpus=actors.cpus,
+            num_gpus=actors.gpus,
+            label_selector=actors.labels,
+            max_task_retries=MAX_DEATHS,
+        )
+    try:
+        for row in dataset.iter_rows():
+            yield len(json.loads(row["done"]))
+    except ray.exceptions.RayActorError as error:
+        # Pieces are begun in order, and the others went on meanwhile: one that kills its actors is the first left.
+        begun = ((jobs[job].stage, unit["name"]) for job, unit in map(json.loads, "".join(work).splitlines()))
+        stage, name = next((stage, name) for stage, name in begun if stage.find_unit(name) is None)
+        raise ValueError(
+            f"stage {stage.name}: actors died {MAX_DEATHS + 1} times over the same work, most likely unit {name} of "
+            f"{stage.folder}; Ray's log says why (often memory: give actors less to do at once, or larger nodes). "
+            "Everything else that is committed stays; run again to go on"
+        ) from error

@@ -4,7 +4,6 @@ Run by `make test-long`; every test starts a cluster or trains, and takes a minu
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,15 +16,16 @@ import pytest
 import yaml
 
 from benchmarks import chaos
+from benchmarks.faulty_bucket import faulty_bucket
 from benchmarks.raylets import ENGINE, WORKER, empty_cluster, local_cluster, title, until
 from pipeline.schema import ANSWER
-from pipeline.store import Stage
+from pipeline.store import Folder, Stage
 from tests.conftest import ROOT
 from tests.pipeline.test_run import DOCUMENTS, MODEL, finish
 from tests.pipeline.test_run import start as start_driver
 from tests.pipeline.test_train import answered as answered
 from tests.pipeline.test_train import tiny_model as tiny_model
-from tests.pipeline.test_train import train
+from tests.pipeline.test_train import train, write_run
 
 pytestmark = pytest.mark.long
 
@@ -42,23 +42,29 @@ def test_nothing_is_lost_and_nothing_comes_twice(where: list[str]) -> None:
     assert all(claim["met"] for claim in claims), claims
 
 
-def test_a_submitted_job_works_on_several_nodes(tmp_path: Path) -> None:
-    """All stages on four nodes, the head without CPUs: two engines and two training workers, each on its own node."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for name, text in DOCUMENTS.items():
-        (corpus / name).write_text(text or "")
-    # What is in the checkout travels to the cluster.
-    with local_cluster([0, 1, 1, 1]) as cluster, tempfile.NamedTemporaryFile("w", dir=ROOT, suffix=".toml") as config:
+def test_a_submitted_job_works_on_several_nodes() -> None:
+    """All stages on four nodes, the head without CPUs: two engines and two training workers, each on its own node.
+
+    The nodes share a bucket that fails and stalls, and no folder but the model's.
+    """
+    with (
+        local_cluster([0, 1, 1, 1]) as cluster,
+        faulty_bucket() as bucket,
+        # What is in the checkout travels to the cluster.
+        tempfile.NamedTemporaryFile("w", dir=ROOT, suffix=".toml") as config,
+    ):
+        corpus = Folder(bucket.direct_uri("corpus"))
+        for name, text in DOCUMENTS.items():
+            corpus.write_bytes(name, (text or "").encode())
         config.write(
             f"""
-            run_dir = "{tmp_path}/run"
+            run_dir = "{bucket.uri("run")}"
             max_reject_share = 1.0
             [model]
             path = "{MODEL}"
             max_model_len = 1024
             [read]
-            paths = ["{corpus}"]
+            paths = ["{bucket.uri("corpus")}"]
             [chunk]
             shard_passages = 1
             [question]
@@ -80,7 +86,7 @@ def test_a_submitted_job_works_on_several_nodes(tmp_path: Path) -> None:
             [evaluate]
             max_tokens = 8
             [publish]
-            registry = "{tmp_path}/registry"
+            registry = "{bucket.uri("registry")}"
             name = "submitted"
             gate = {{ min_gap_closed = -9.0 }}
             [cluster]
@@ -114,8 +120,11 @@ def test_a_submitted_job_works_on_several_nodes(tmp_path: Path) -> None:
         assert len(others) == 3 and head not in writers | trainers
         assert len(writers) >= 2 and len(trainers) == 2
         assert call("submit", "train.epochs=2").returncode == 2, "the job's exit code is ours"
-    result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
-    assert Path(result["adapter"], "adapter_model.safetensors").is_file()
+        result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+        assert result["counts"]["answers"] > 0
+        (version,) = Folder(bucket.direct_uri("registry/submitted")).folders()
+        assert "adapter_model.safetensors" in Folder(bucket.direct_uri(f"registry/submitted/{version}")).list()
+        assert bucket.requests()["faulty_share"] > 0.02
 
 
 def test_nodes_come_for_waiting_engines_and_idle_ones_go(tmp_path: Path) -> None:
@@ -141,14 +150,14 @@ def test_nodes_come_for_waiting_engines_and_idle_ones_go(tmp_path: Path) -> None
     assert len(Stage(f"{tmp_path}/run", "answer", ANSWER).committed()) == SMALL.documents
 
 
-STEADY = {"epochs": 12, "checkpoint_steps": 4}
+STEADY = ["train.epochs=12", "train.checkpoint_steps=4"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
     local_ray: None, answered: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> np.ndarray:
-    losses, _ = train(answered, tiny_model, tmp_path_factory.mktemp("undisturbed"), num_workers=2, **STEADY)
+    losses, _ = train(answered, tiny_model, tmp_path_factory.mktemp("undisturbed"), "cluster.num_workers=2", *STEADY)
     return np.asarray(losses)
 
 
@@ -172,7 +181,7 @@ def test_training_goes_on_when_a_worker_dies(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    losses, _ = train(answered, tiny_model, tmp_path, num_workers=2, **STEADY)
+    losses, _ = train(answered, tiny_model, tmp_path, "cluster.num_workers=2", *STEADY)
     killer.join()
     assert 0 < killed_after[0] < len(losses)
     assert_same_course(losses, undisturbed)
@@ -182,33 +191,15 @@ def test_training_goes_on_with_another_number_of_workers(
     undisturbed: np.ndarray, answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Two workers, then one, then two, the driver killed in between."""
-    run_dir = tmp_path / "run"
-    shutil.copytree(answered, run_dir)
-    config = tmp_path / "config.toml"
-    config.write_text(
-        f"""
-        run_dir = "{run_dir}"
-        model.path = "{tiny_model}"
-        read.paths = ["unused"]
-        publish = {{ registry = "{tmp_path}/registry", name = "test" }}
-        cluster.worker_cpus = 1
-        [train]
-        epochs = {STEADY["epochs"]}
-        checkpoint_steps = {STEADY["checkpoint_steps"]}
-        batch_tokens = 512
-        row_tokens = 128
-        micro_rows = 2
-        learning_rate = 5e-3
-        lora.rank = 8
-        """
-    )
+    config = write_run(tmp_path, answered, tiny_model)
+    train_dir = tmp_path / "run" / "train"
     saved: set[Path] = set()
     for num_workers in (2, 1):
-        driver = start_driver(config, "train", f"cluster.num_workers={num_workers}")
-        saved = until(lambda before=saved: set((run_dir / "train" / "checkpoints").glob("*.json")) - before)
+        driver = start_driver(config, "train", f"cluster.num_workers={num_workers}", *STEADY)
+        saved = until(lambda before=saved: set((train_dir / "checkpoints").glob("*.json")) - before)
         driver.kill()
         driver.communicate()
-    finish(config, "train", "cluster.num_workers=2")
-    history = json.loads((run_dir / "train" / "history.json").read_text())
+    finish(config, "train", "cluster.num_workers=2", *STEADY)
+    history = json.loads((train_dir / "history.json").read_text())
     assert [entry["step"] for entry in history] == list(range(1, len(undisturbed) + 1))
     assert_same_course([entry["loss"] for entry in history], undisturbed)

@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Config:
 
 def filter_run(config: Config) -> Stage:
     """Filter the run's one unit, in this process."""
-    worker = AnswerFilter(config.run_dir, config.filter, hold_out(config), None)
+    worker = AnswerFilter(config, hold_out(config))
     worker.do_unit({"name": UNIT})
     return Stage(config.run_dir, "filter", ANSWER)
 

@@ -82,11 +82,11 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         [filter]
         keep_unfinished = true
         [train]
-        epochs = 3
+        epochs = 2
         batch_tokens = 128
         row_tokens = 128
         micro_rows = 1
-        checkpoint_steps = 1
+        checkpoint_steps = 2
         lora = {{ rank = 8 }}
         [general]
         prompts = 6
@@ -276,7 +276,7 @@ def test_status_reads_the_run(finished: tuple[Path, dict, Path]) -> None:
     ("command", "override", "message"),
     [
         ("answer", "answer.top_k=4", "answer.top_k was 8, is now 4"),
-        ("train", "train.epochs=9", "train.epochs was 3, is now 9"),
+        ("train", "train.epochs=9", "train.epochs was 2, is now 9"),
         ("question", "question.per_pasage=3", "did you mean 'per_passage'?"),
         ("train", "train.epochs=many", "train.epochs = 'many'"),
         ("train", "train.learning_rate=7", "train.learning_rate = 7"),

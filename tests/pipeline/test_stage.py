@@ -1,14 +1,17 @@
 """Pieces of work: how units are shared out, and what an actor does with a piece that another one had begun."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
+from pipeline import stage as stage_module
 from pipeline.config import Cluster
 from pipeline.schema import DOCUMENT, Document, to_table
-from pipeline.stage import SMALL_PIECES, Actors, _pieces, _UnitActor
+from pipeline.stage import SMALL_PIECES, Actors, Job, _pieces, _UnitActor, only, run_stages
 from pipeline.store import Stage, Unit
 
 
@@ -46,3 +49,26 @@ def test_what_is_committed_is_not_done_again(tmp_path: Path) -> None:
     assert [unit["name"] for unit in json.loads(done)] == ["0", "0", "1", "1"]
     texts = [[stage.read_unit(name)["text"][0].as_py() for name in "01"] for stage in stages]
     assert texts == [["by one that died", "by another"], ["by another", "by another"]]
+
+
+class Poisoned(Letters):
+    """Dies of unit 2, like an engine of a passage that it cannot bear."""
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        if unit["name"] == "2":
+            os._exit(1)
+        return super().do_unit(unit)
+
+
+def test_a_unit_that_kills_every_actor_is_named_and_the_others_are_done(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "MAX_DEATHS", 1)
+    stage = Stage(str(tmp_path), "read", DOCUMENT)
+    arguments = {"stage": stage, "engine": "text"}
+    job = Job(stage, {}, [{"name": str(number)} for number in range(5)], Poisoned, arguments)
+    with pytest.raises(ValueError, match=r"stage read: actors died 2 times .* unit 2 of"):
+        run_stages([job], Actors(Cluster(), count=1))
+    assert {"0", "1"} <= stage.committed() and "2" not in stage.committed()
+    healthy = Job(stage, {}, job.units, Letters, arguments)
+    assert only(run_stages([healthy], Actors(Cluster(), count=1)))["rows_out"] == 5

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.raylets import WORKER, empty_cluster, until
 from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
-from pipeline.config import Config
+from pipeline.config import load_config
 from pipeline.engine import Completion, load_tokenizer, render_chat
 from pipeline.prompts import student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
@@ -93,35 +93,37 @@ def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return run_dir
 
 
-def train(
-    answered: Path, model: Path, folder: Path, num_workers: int = 1, previous: Path | None = None, **settings: Any
-) -> tuple[list[float], Path]:
-    """Train on a copy of the run directory; return the loss of every step, and the adapter's folder."""
-    run_dir = folder / f"run{num_workers}-{'-'.join(map(str, settings.values()))}"
-    shutil.copytree(answered, run_dir)
-    config = Config.model_validate(
-        {
-            "run_dir": str(run_dir),
-            "model": {"path": str(model)},
-            "read": {"paths": ["unused"]},
-            "publish": {"registry": str(folder / "registry"), "name": "test"},
-            "cluster": {"num_workers": num_workers, "worker_cpus": 1},
-            "update": {"previous_run": str(previous), "replay_share": 0.2} if previous else {},
-            "train": {
-                "epochs": 6,
-                "batch_tokens": 512,
-                "row_tokens": 128,
-                "micro_rows": 2,
-                "learning_rate": 5e-3,
-                "lora": {"rank": 8},
-                "checkpoint_steps": 1000,
-            }
-            | settings,
-        }
+def write_run(folder: Path, answered: Path, model: Path) -> Path:
+    """Copy the run directory to `folder`/run; write and return a config that trains there."""
+    shutil.copytree(answered, folder / "run")
+    config = folder / "config.toml"
+    config.write_text(
+        f"""
+        run_dir = "{folder}/run"
+        model.path = "{model}"
+        read.paths = ["unused"]
+        publish = {{ registry = "{folder}/registry", name = "test" }}
+        cluster.worker_cpus = 1
+        [train]
+        epochs = 6
+        batch_tokens = 512
+        row_tokens = 128
+        micro_rows = 2
+        learning_rate = 5e-3
+        lora.rank = 8
+        checkpoint_steps = 1000
+        """
     )
+    return config
+
+
+def train(answered: Path, model: Path, folder: Path, *overrides: str) -> tuple[list[float], Path]:
+    """Train on a copy of the run directory; return the loss of every step, and the adapter's folder."""
+    config = load_config(write_run(folder, answered, model), overrides)
     only(train_adapters([config], load_base_model(str(model))))
-    history = json.loads((run_dir / "train" / "history.json").read_text())
-    return [entry["loss"] for entry in history], run_dir / "train" / "adapter"
+    train_dir = folder / "run" / "train"
+    history = json.loads((train_dir / "history.json").read_text())
+    return [entry["loss"] for entry in history], train_dir / "adapter"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,7 @@ def test_the_loss_falls_and_the_adapter_is_the_one_that_was_trained(
 def test_two_workers_that_share_all_weights_take_the_same_steps(
     reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    losses, _ = train(answered, tiny_model, tmp_path, num_workers=2, zero_stage=3)
+    losses, _ = train(answered, tiny_model, tmp_path, "cluster.num_workers=2", "train.zero_stage=3")
     np.testing.assert_allclose(losses, reference[0], rtol=0.05)
 
 
@@ -164,7 +166,7 @@ def test_the_online_teacher_agrees_with_the_stored_one(
     reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Only the online teacher sees inside the tail that the stored top-k leaves: a little more loss, same course."""
-    losses, _ = train(answered, tiny_model, tmp_path, teacher="online")
+    losses, _ = train(answered, tiny_model, tmp_path, "train.teacher=online")
     assert (np.asarray(losses) >= 0.98 * np.asarray(reference[0])).all()
     assert np.corrcoef(losses, reference[0])[0, 1] > 0.85
 
@@ -174,26 +176,11 @@ def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
     answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """SIGTERM to the node of one of two workers: both save, the node goes, another comes, and no step is lost."""
-    run_dir = tmp_path / "run"
-    shutil.copytree(answered, run_dir)
-    config = tmp_path / "corpus.toml"
-    config.write_text(
-        f"""
-        run_dir = "{run_dir}"
-        model.path = "{tiny_model}"
-        read.paths = ["unused"]
-        publish = {{ registry = "{tmp_path}/registry", name = "test" }}
-        cluster = {{ num_workers = 2, worker_cpus = 1, worker_labels = {{ pool = "train" }} }}
-        [train]
-        epochs = 150
-        batch_tokens = 512
-        row_tokens = 128
-        micro_rows = 2
-        lora.rank = 8
-        checkpoint_steps = 1000000
-        """
-    )
-    saved, progress = run_dir / "train" / "checkpoints", run_dir / "train" / "progress.json"
+    config = write_run(tmp_path, answered, tiny_model)
+    settings = ["train.epochs=150", "train.learning_rate=5e-4", "train.checkpoint_steps=1000000"]
+    settings += ["cluster.num_workers=2", 'cluster.worker_labels={pool="train"}']
+    train_dir = tmp_path / "run" / "train"
+    saved, progress = train_dir / "checkpoints", train_dir / "progress.json"
     with empty_cluster() as cluster:
         cluster.start_head(2)
         environment = cluster.environment | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
@@ -202,7 +189,10 @@ def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
         )
         head, *_ = until(lambda: len(nodes := cluster.nodes()) == 3 and nodes)
         with subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "train", config], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+            [sys.executable, "-m", "pipeline", "train", config, *settings],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
         ) as driver:
             until(progress.exists)
             assert head not in cluster.actor_nodes(WORKER), "there were free CPUs, but not the label"
@@ -216,7 +206,7 @@ def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
             assert json.loads(progress.read_text())["step"] > int(checkpoint.stem) > 0
             _, errors = driver.communicate()
         assert driver.returncode == 0, errors.decode()[-4000:]
-    history = json.loads((run_dir / "train" / "history.json").read_text())
+    history = json.loads((train_dir / "history.json").read_text())
     assert [entry["step"] for entry in history] == list(range(1, len(history) + 1))
 
 
@@ -233,6 +223,6 @@ def test_an_update_goes_on_from_the_previous_adapter_with_old_answers_among_the_
     texts = passages["text"].to_pylist()
     text = pa.array([*texts[:2], f"{texts[2]} It burnt down."])
     pq.write_table(passages.set_column(passages.column_names.index("text"), "text", text), shard)
-    losses, _ = train(changed, tiny_model, tmp_path, previous=previous)
+    losses, _ = train(changed, tiny_model, tmp_path, f"update={{previous_run='{previous}', replay_share=0.2}}")
     assert losses[0] < 0.8 * first[0], "the adapter of the previous run knows these answers"
     assert len(losses) < len(first), "an epoch is shorter than one over the whole corpus"
