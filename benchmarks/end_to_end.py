@@ -19,8 +19,7 @@ from typing import Any
 
 from benchmarks.record import ROOT, claim, save
 from pipeline.config import load_config
-from pipeline.status import SCHEMAS
-from pipeline.store import Stage
+from pipeline.status import stages_of
 
 REPEATS = 5
 
@@ -36,7 +35,7 @@ def main() -> int:
         sys.exit(f"{config.run_dir} exists, and this measures a run from its beginning; remove it or choose another")
     arguments = ["run", options.config, *options.overrides]
     seconds, run = timed(*arguments)
-    manifests = {name: Stage(config.run_dir, name, schema).require() for name, schema in SCHEMAS.items()}
+    manifests = {name: stage.require() for name, stage in stages_of(config).items()}
     work = {name: manifest["stats"].get("engine_seconds", 0.0) for name, manifest in manifests.items()}
     work["train"] = run["training"]["seconds"]
     stages = {

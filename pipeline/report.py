@@ -22,8 +22,8 @@ from matplotlib.patheffects import withStroke
 
 from pipeline.config import Config
 from pipeline.score import RIGHT
-from pipeline.status import SCHEMAS, summarise
-from pipeline.store import Folder, Stage
+from pipeline.status import stages_of, summarise
+from pipeline.store import Folder
 
 # In the order in which they are shown: the name, and what answers.
 ARMS = {
@@ -64,7 +64,7 @@ def write_report(config: Config) -> dict[str, Any]:
 def collect(config: Config) -> dict[str, Any]:
     """Return everything that the page shows, as JSON."""
     summary = summarise(config)
-    manifests = {name: Stage(config.run_dir, name, schema).require() for name, schema in SCHEMAS.items()}
+    manifests = {name: stage.require() for name, stage in stages_of(config).items()}
     run = Folder(config.run_dir)
     evaluation = (run / "evaluate").read_json("report.json") or {}
     stages = [_stage_figures(name, manifest) for name, manifest in manifests.items()]

@@ -32,11 +32,19 @@ UNITS: dict[str, tuple[str, Callable[[Stage], Collection[str]]]] = {
 }
 
 
+def stages_of(config: Config) -> dict[str, Stage]:
+    """Return the stages that this config asks for, by name."""
+    schemas = SCHEMAS | {f"baseline-{name}": ANSWER for name in config.evaluate.baselines}
+    if config.update.forget_removed:
+        schemas["forgotten"] = ANSWER
+    return {name: Stage(config.run_dir, name, schema) for name, schema in schemas.items()}
+
+
 def read_status(config: Config) -> dict[str, Any]:
     """Return one entry per stage that was begun: its state, totals so far, and how many units are left."""
     stages: dict[str, Any] = {}
-    for name, schema in SCHEMAS.items():
-        stage = Stage(config.run_dir, name, schema)
+    all_stages = stages_of(config)
+    for name, stage in all_stages.items():
         if stage.folder.read_json("settings.json") is None:
             continue
         manifest = stage.manifest()
@@ -45,7 +53,7 @@ def read_status(config: Config) -> dict[str, Any]:
         entry["state"] = "complete" if manifest else "unfinished"
         if manifest is None and name in UNITS:
             source, units = UNITS[name]
-            entry["units_left"] = len(units(Stage(config.run_dir, source, SCHEMAS[source]))) - len(stage.committed())
+            entry["units_left"] = len(units(all_stages[source])) - len(stage.committed())
         if tokens := totals["stats"].get("output_tokens"):
             entry["output_tokens"] = tokens
             entry["tokens_per_s"] = round(tokens / max(totals["stats"]["engine_seconds"], 1e-9), 1)
@@ -57,7 +65,7 @@ def read_status(config: Config) -> dict[str, Any]:
 
 def summarise(config: Config) -> dict[str, Any]:
     """Return the figures of a complete run that people compare."""
-    manifests = {name: Stage(config.run_dir, name, schema).require() for name, schema in SCHEMAS.items()}
+    manifests = {name: stage.require() for name, stage in stages_of(config).items()}
     question, answer, kept = manifests["question"], manifests["answer"], manifests["filter"]
     stats, training, evaluation = answer["stats"], manifests["train"]["training"], manifests["evaluate"]
     scores = evaluation.get("scores", {})

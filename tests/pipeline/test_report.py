@@ -15,8 +15,8 @@ from selenium import webdriver
 from pipeline.config import Config, load_config
 from pipeline.report import EXAMPLES, PASSAGE_CHARS, WORST_DOCUMENTS, choose_examples, excerpt, write_report
 from pipeline.schema import DOCUMENT, Document, Rejected, to_table
-from pipeline.status import SCHEMAS
-from pipeline.store import Folder, Stage
+from pipeline.status import SCHEMAS, stages_of
+from pipeline.store import Folder
 
 HOSTILE = "<script>alert('mill')</script><img src=http://evil.example/a.png> & $x^2$"
 ARMS = {"closed_book": 0.125, "adapter": 0.5, "adapter_retrieval": 0.625, "gold_passage": 0.875}
@@ -97,15 +97,14 @@ def make_run(tmp_path: Path, report: dict[str, Any] | None, *overrides: str) -> 
         f'[publish]\nregistry = "registry"\nname = "mills"\n'
     )
     config = load_config(path, overrides)
-    for name, schema in SCHEMAS.items():
-        stage = Stage(config.run_dir, name, schema)
+    for name, stage in stages_of(config).items():
         stage.open({})
         reasons: list[Any] = ["off_passage", "off_passage", "unparsable"] if name == "question" else []
         rejected = [Rejected(name, str(number), reason, "") for number, reason in enumerate(reasons)]
-        rows = [Document("d", f"/corpus/{HOSTILE}", HOSTILE, HOSTILE)] if schema is DOCUMENT else []
+        rows = [Document("d", f"/corpus/{HOSTILE}", HOSTILE, HOSTILE)] if stage.schema is DOCUMENT else []
         stats = STATS if name in ("question", "answer", "filter", "general") else {}
-        stage.commit("0", [to_table(rows, schema)], rejected, len(rows) + len(rejected), stats)
-        stage.close(450.0, {"training": TRAINING} if name == "train" else {})
+        stage.commit("0", [to_table(rows, stage.schema)], rejected, len(rows) + len(rejected), stats)
+        stage.close(450.0, {"training": TRAINING} if name in ("train", "baseline-sft") else {})
     run = Folder(config.run_dir)
     history = [{"step": step, "loss": 2.0 - step / 40, "lr": 1e-3} for step in range(1, 41)]
     (run / "train").write_json("history.json", history)
@@ -126,7 +125,7 @@ def text(html: str) -> str:
 
 
 def test_what_matters_is_in_it(tmp_path: Path) -> None:
-    seen = text(page(make_run(tmp_path, evaluation(), "cluster.price_per_hour=2.0")))
+    seen = text(page(make_run(tmp_path, evaluation(), "cluster.price_per_hour=2.0", 'evaluate.baselines=["sft"]')))
     for wanted in (
         "50 % of the gap",
         "Closed book 0.12 [0.07, 0.17]",
@@ -139,14 +138,14 @@ def test_what_matters_is_in_it(tmp_path: Path) -> None:
         "question off_passage 2 66.7 %",
         "Passages with all their questions 75 %",
         "4,321 432",
-        "98,765 988",
+        "baseline-sft \u2013 \u2013 \u2013 98,765 988 7 min 30 s",
         "3 documents with better scores are left out",
         "has 8 right and 8 wrong. Shown are 6 wrong and 6 right ones",
         "Training rows that should have taught it Who built it? Rosa",
         "no question about this passage reached the training data",
     ):
         assert wanted in seen, wanted
-    hours = 450 * len(SCHEMAS) / 3600
+    hours = 450 * (len(SCHEMAS) + 1) / 3600
     assert f"At 2.00 an hour the run cost {2 * hours:.2f}" in seen
 
 

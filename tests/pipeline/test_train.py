@@ -162,6 +162,22 @@ def test_two_workers_that_share_all_weights_take_the_same_steps(
     np.testing.assert_allclose(losses, reference[0], rtol=0.05)
 
 
+def test_shifted_targets_are_caught_by_the_alignment_guard(
+    local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The manifests agree and the stored rows do not: top-k values moved by one token."""
+    shifted = tmp_path / "shifted"
+    shutil.copytree(answered, shifted)
+    for path in (shifted / "filter" / "data").glob("*.parquet"):
+        table = pq.read_table(path)
+        index = table.schema.get_field_index("topk_ids")
+        moved = [row[TOP_K:] + row[:TOP_K] for row in table["topk_ids"].to_pylist()]
+        field = table.schema.field(index)
+        pq.write_table(table.set_column(index, field, pa.array(moved, field.type)), path)
+    with pytest.raises(ValueError, match="alignment guard"):
+        train(shifted, tiny_model, tmp_path)
+
+
 def test_the_online_teacher_agrees_with_the_stored_one(
     reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

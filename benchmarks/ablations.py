@@ -1,0 +1,114 @@
+"""Which settings matter? One at a time around a config, on the same questions, with several seeds of the training.
+
+    python -m benchmarks.ablations CONFIG [section.key=value ...] --name NAME --vary train.lora.rank=8,128 [--vary ...]
+
+The config's passages, questions and answers are written once. Every variation starts from a copy of them, in which only
+the stages that its setting decides are done again. Stopped, it goes on where it was. What limits it: how many questions
+there are, and the spread over the seeds, which are those of the first weights and of the order of the samples.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.record import claim, run_pipeline, save, spread
+from benchmarks.teachers import WRITTEN
+from pipeline.config import load_config
+
+AS_GIVEN = "as given"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--name", required=True, help="name of the result file")
+    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help="a setting to vary")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options = parser.parse_args()
+    config = load_config(options.config, options.overrides)
+    changes = [AS_GIVEN]
+    for varied in options.vary:
+        key, _, values = varied.partition("=")
+        changes += [f"{key}={value}" for value in values.split(",")]
+    for change in changes[1:]:  # a wrong one now, not after hours
+        load_config(options.config, [*options.overrides, change])
+    for stage in ("read", "chunk", "write", "filter"):
+        run_pipeline(stage, options.config, *options.overrides)
+    written = Path(config.run_dir)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    print(f"{'setting':30} {'gap closed':>22} {'substring':>9} {'KL teacher':>10} {'KL base':>8} {'train s':>8}")
+    for change in changes:
+        own = [] if change == AS_GIVEN else [change]
+        runs[change] = [
+            figures(options.config, [*options.overrides, *own, f"train.seed={seed}"], written, f"{change}-{seed}")
+            for seed in options.seeds
+        ]
+        print_row(change, runs[change])
+    save(
+        options.name,
+        {
+            "benchmark": "ablations",
+            "model": Path(config.model.path).name,
+            "settings": config.model_dump(include={"chunk", "question", "answer", "general", "filter", "train"}),
+            "seeds": options.seeds,
+            "runs": runs,
+            "claims": make_claims(runs),
+        },
+    )
+    return 0
+
+
+def figures(config: str, overrides: list[str], written: Path, name: str) -> dict[str, Any]:
+    """Run one variation in a folder of its own; return what is compared."""
+    run_dir = written.with_name(f"{written.name}-ablations") / name
+    for stage in WRITTEN:
+        if not (run_dir / stage).exists():
+            shutil.copytree(written / stage, run_dir / stage)
+    own = [f"run_dir={run_dir}", f"publish.registry={run_dir}/registry", "--redo", "--force", "an ablation"]
+    run = run_pipeline("run", config, *overrides, *own)
+    return {
+        "gap_closed": run["gap_closed"],
+        "substring_match": run["scores"]["adapter"]["substring_match"],
+        "token_f1": run["scores"]["adapter"]["token_f1"],
+        "kl_to_teacher": run["kl_to_teacher"]["adapter"],
+        "kl_to_base": run["lost"]["kl_to_base"],
+        "questions_per_passage": run["questions_per_passage"],
+        "answers": run["counts"]["answers"],
+        "bytes_per_answer_token": run["bytes_per_answer_token"],
+        "tail_mass": run["tail_mass"],
+        "train_tokens": run["training"]["tokens"],
+        "train_seconds": run["training"]["seconds"],
+    }
+
+
+def print_row(change: str, runs: list[dict[str, Any]]) -> None:
+    gap = spread([run["gap_closed"] for run in runs], 3)
+    middle = {name: mean(run[name] for run in runs) for name in runs[0] if runs[0][name] is not None}
+    print(
+        f"{change:30} {gap['median']:.3f} [{gap['min']:.3f}, {gap['max']:.3f}]".ljust(53)
+        + f" {middle['substring_match']:9.3f} {middle['kl_to_teacher']:10.3f} {middle.get('kl_to_base', 0):8.3f}"
+        f" {middle['train_seconds']:8.0f}",
+        flush=True,
+    )
+
+
+def make_claims(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """For every setting: the config's own value reaches nine tenths of what the best value reaches."""
+
+    def gap(change: str) -> float:
+        return mean(run["gap_closed"] for run in runs[change])
+
+    keys = dict.fromkeys(change.partition("=")[0] for change in runs if change != AS_GIVEN)
+    claims = []
+    for key in keys:
+        best = max(gap(change) for change in runs if change.partition("=")[0] in (AS_GIVEN, key))
+        claims.append(claim(f"given {key} over best", round(gap(AS_GIVEN) / best, 3) if best > 0 else None, 0.9))
+    return claims
+
+
+if __name__ == "__main__":
+    sys.exit(main())
