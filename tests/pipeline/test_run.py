@@ -308,17 +308,16 @@ def test_answers_of_another_teacher_are_refused(finished: tuple[Path, dict, Path
 
 
 def test_a_killed_driver_loses_and_repeats_nothing(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
+    """Killed while it writes and while it filters; `tests/cluster/test_nodes.py` kills training."""
     config = write_config(tmp_path)
     run_dir = tmp_path / "run"
     began = [
         run_dir / "answer" / "units",  # the next shard's questions are being written then
         run_dir / "filter" / "units",
-        run_dir / "train" / "checkpoints",
     ]
     committed: dict[str, str] = {}
     for folder in began:
-        # Two workers, of which one resumes.
-        process = start(config, "run", "cluster.num_workers=2", "cluster.worker_cpus=1")
+        process = start(config)
         wait_for_file(folder, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -326,16 +325,10 @@ def test_a_killed_driver_loses_and_repeats_nothing(finished: tuple[Path, dict, P
         assert committed.items() <= now.items(), f"rewritten before the kill in {folder}"
         committed = {name: value for name, value in now.items() if is_committed(run_dir, name)}
         assert committed
-    finish(config, "train")
+    finish(config, "filter")
     assert committed.items() <= digests(run_dir).items()
     for stage in SCHEMAS:
         assert ids(run_dir, stage) == ids(finished[0] / "run", stage), stage
-    resumed, undisturbed = (
-        [step["loss"] for step in json.loads((run / "train" / "history.json").read_text())]
-        for run in (run_dir, finished[0] / "run")
-    )
-    # Not to the last digit: sums in another order differ in bf16.
-    assert resumed == pytest.approx(undisturbed, abs=0.05)
 
 
 def is_committed(run_dir: Path, name: str) -> bool:
