@@ -174,7 +174,7 @@ class Disturbance:
             until(lambda before=before: self._keep_driver() and self._count() > before)
             time.sleep(self._random.uniform(0, self._size.pause_s))
             self._kill(kind)
-        until(lambda: self._keep_driver() and self._driver.poll() == 0, 300)
+        until(lambda: self._keep_driver() and self._driver.poll() == 0)
 
     def _count(self) -> int:
         return sum(len(stage.committed()) for stage in self._stages if stage.name == "answer")

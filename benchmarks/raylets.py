@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 ENGINE, WORKER = "MapWorker", "RayTrainWorker"  # classes of the actors that write and that train
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 # A node that vanished is noticed within seconds; workers are not niced, so that all nodes share the cores alike.
@@ -156,12 +156,12 @@ def title(process: psutil.Process) -> str:
     return ""
 
 
-def until(condition: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
+def until(condition: Callable[[], Any]) -> Any:
     """Wait for a condition to be true and return its value; TimeoutError if it does not come true."""
-    end = time.monotonic() + deadline_s
+    end = time.monotonic() + DEADLINE_S
     while not (value := condition()):
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {deadline_s} s")
+            raise TimeoutError(f"not within {DEADLINE_S} s")
         time.sleep(0.2)
     return value
 

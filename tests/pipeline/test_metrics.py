@@ -78,7 +78,7 @@ def test_a_runs_figures_arrive_at_ray_s_metrics_port_and_in_its_logs(tmp_path: P
                     found[" ".join([name[1], labels["stage"], *filter(None, [labels.get("reason")])])] = float(name[3])
             return found
 
-        until(lambda: "distillery_rows_total dedup" in series(), 30)
+        until(lambda: "distillery_rows_total dedup" in series())
         found = series()
         manifest = Stage(f"{tmp_path}/run", "read", DOCUMENT).require()
         assert found["distillery_rows_total read"] == manifest["rows_out"] == 3

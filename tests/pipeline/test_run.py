@@ -225,7 +225,9 @@ def test_the_published_adapter_answers_at_the_endpoint(finished: tuple[Path, dic
     _, _, config = finished
     with endpoint(config) as url:
         command = [sys.executable, "-m", "serve.ask", "test", "Who built the Kestrel Mill?", "--url", url]
-        asked = subprocess.run([*command, "--retrieval", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        asked = subprocess.run(
+            [*command, "--retrieval", "1"], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S
+        )
         assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
         assert "'heading': 'Kestrel Mill'" in asked.stderr, "no source was named"
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")

@@ -27,6 +27,7 @@ MODEL = ROOT / ".models" / "smollm2-135m-instruct"
 NAMES = ["ada", "bob", "cleo", "dora", "emil", "fay"]
 QUESTION = "Who built the Kestrel Mill, and when?"
 ANSWER_TOKENS = 12
+DEADLINE_S = 600.0  # for anything at all: the machine may be busy with something else
 
 
 class Published(NamedTuple):
@@ -86,16 +87,16 @@ def endpoint(config: Path, *overrides: str) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=60)
+            process.communicate(timeout=DEADLINE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
 
 
-def until(condition: Callable[[], Any], deadline_s: float = 60) -> Any:
+def until(condition: Callable[[], Any]) -> Any:
     """Wait for a condition to be true and return its value."""
-    end = time.monotonic() + deadline_s
+    end = time.monotonic() + DEADLINE_S
     while not (value := condition()):
-        assert time.monotonic() < end, f"not within {deadline_s} s"
+        assert time.monotonic() < end, f"not within {DEADLINE_S} s"
         time.sleep(0.2)
     return value

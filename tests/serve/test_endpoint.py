@@ -28,7 +28,7 @@ from pipeline.publish import move_alias
 from serve.access import add_key
 from serve.registry import Registry
 from serve.server import TIE_NATS
-from tests.serve.conftest import ANSWER_TOKENS, MODEL, NAMES, QUESTION, Published, endpoint, until
+from tests.serve.conftest import ANSWER_TOKENS, DEADLINE_S, MODEL, NAMES, QUESTION, Published, endpoint, until
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +67,7 @@ def url(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Itera
         max_queued = 48
         max_requests_per_key = 8
         alias_seconds = 0.5
+        request_timeout_s = {DEADLINE_S}
         cache_dir = "{config.parent}/cache"
         [cluster]
         kv_cache_gb = 1
@@ -78,7 +79,7 @@ def url(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
 
 
 def ask(client: openai.OpenAI, model: str, **more: Any) -> Any:
@@ -109,7 +110,7 @@ def ask_with_tokens(client: openai.OpenAI, model: str) -> Any:
 
 
 def states(url: str) -> dict[str, dict[str, Any]]:
-    (replica,) = httpx.get(f"{url}/v1/adapters", timeout=60).json()["replicas"]
+    (replica,) = httpx.get(f"{url}/v1/adapters", timeout=DEADLINE_S).json()["replicas"]
     return replica["adapters"]
 
 
@@ -239,7 +240,9 @@ def test_a_moved_alias_takes_effect_without_a_failed_or_stale_answer(
 def test_a_client_that_leaves_frees_its_place(client: openai.OpenAI, url: str) -> None:
     def leave(number: int) -> None:
         body = {"model": NAMES[number % 6], "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 400}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=120) as reply:
+        with httpx.stream(
+            "POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=DEADLINE_S
+        ) as reply:
             next(reply.iter_lines())
 
     with ThreadPoolExecutor(8) as pool:
@@ -251,7 +254,7 @@ def test_a_client_that_leaves_frees_its_place(client: openai.OpenAI, url: str) -
 def test_two_hundred_clients_are_answered_or_told_to_come_back(url: str) -> None:
     def one(number: int) -> int:
         body = {"model": NAMES[number % 2], "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2}
-        reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+        reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE_S)
         assert reply.status_code == 200 or "retry-after" in reply.headers
         return reply.status_code
 
@@ -264,7 +267,7 @@ def test_two_hundred_clients_are_answered_or_told_to_come_back(url: str) -> None
 def test_metrics_health_and_page(url: str) -> None:
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert "Corpus Distillery" in httpx.get(f"{url}/").text
-    text = until(lambda: (found := httpx.get(f"{url}/metrics", timeout=30).text) * ("distillery" in found))
+    text = until(lambda: (found := httpx.get(f"{url}/metrics", timeout=DEADLINE_S).text) * ("distillery" in found))
     assert "vllm" in text and "distillery_adapter_loads" in text
 
 
@@ -284,7 +287,7 @@ def test_the_page_in_a_browser(url: str, tmp_path: Path) -> None:
         rows = [row.text for row in browser.find_elements(By.CSS_SELECTOR, "#adapters tr")]
         assert any(row.startswith("ada ") for row in rows)
         browser.find_element(By.ID, "question").send_keys(QUESTION + Keys.ENTER)
-        cards = until(lambda: finished(browser), 120)
+        cards = until(lambda: finished(browser))
         assert [card.splitlines()[0] for card in cards] == [BASE_NAME, "ada", "ada + retrieval"]
         assert (
             "tokens/s" in cards[0] and "tokens/s" in cards[1] and cards[0].splitlines()[1] != cards[1].splitlines()[1]
@@ -314,7 +317,7 @@ def test_a_killed_process_comes_back_under_load(
     def load(name: str) -> None:
         body = {"model": name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 16}
         while not stop.is_set():
-            statuses.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=180).status_code)
+            statuses.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE_S).status_code)
             time.sleep(0.2)
 
     workers = [threading.Thread(target=load, args=(name,)) for name in NAMES[:4]]
@@ -323,7 +326,7 @@ def test_a_killed_process_comes_back_under_load(
     until(lambda: statuses.count(200) >= 4)
     process.send_signal(signal.SIGKILL)
     served = statuses.count(200)
-    until(lambda: statuses.count(200) > served + 8, 180)
+    until(lambda: statuses.count(200) > served + 8)
     stop.set()
     for worker in workers:
         worker.join()
@@ -340,8 +343,8 @@ def own_processes() -> list[psutil.Process]:
 
 def test_keys_open_their_own_adapters_only(url: str, published: Published) -> None:
     _, secret = add_key(published.registry.folder, ["ada"])
-    until(lambda: httpx.get(f"{url}/v1/models").status_code == 401, 20)
-    caller = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=120)
+    until(lambda: httpx.get(f"{url}/v1/models").status_code == 401)
+    caller = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=DEADLINE_S)
     assert [model.id for model in caller.models.list()] == [BASE_NAME, "ada"]
     assert ask(caller, "ada").choices
     with pytest.raises(openai.NotFoundError) as forbidden:
@@ -358,8 +361,8 @@ def test_keys_open_their_own_adapters_only(url: str, published: Published) -> No
             return 429
 
     _, other_secret = add_key(published.registry.folder, ["*"])
-    other = openai.OpenAI(base_url=f"{url}/v1", api_key=other_secret, max_retries=0, timeout=120)
-    until(lambda: httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {other_secret}"}).is_success, 20)
+    other = openai.OpenAI(base_url=f"{url}/v1", api_key=other_secret, max_retries=0, timeout=DEADLINE_S)
+    until(lambda: httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {other_secret}"}).is_success)
     with ThreadPoolExecutor(32) as pool:
         busy = [pool.submit(patient, number) for number in range(32)]
         assert ask(other, "bob").choices, "a busy key starves another"
