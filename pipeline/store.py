@@ -27,11 +27,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from pipeline.schema import REJECTED, Rejected, digest, to_table
 
 READERS = 16  # requests for units' JSON at a time: a bucket takes tens of milliseconds for each
 SPLIT = "topk_logprobs.list.element"  # Parquet's name of the column that takes the most room
+
+
+# A bucket's client tries again by itself, but not after every failure, such as an answer that broke off. Its errors
+# have no number; those of a local disk have one, and stay.
+_again = retry(
+    retry=retry_if_exception(lambda error: isinstance(error, OSError) and error.errno is None),
+    wait=wait_random_exponential(max=10),
+    stop=stop_after_attempt(5),
+    reraise=True,
+)
 
 
 @lru_cache(maxsize=256)
@@ -79,6 +90,7 @@ class Folder:
         base, query, parameters = self.uri.partition("?")
         return Folder(f"{base.rstrip('/')}/{name}{query}{parameters}")
 
+    @_again
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file that appears whole or not at all: moved into place on a disk, uploaded at once to a bucket."""
         filesystem, path = open_uri(self.uri)
@@ -94,11 +106,13 @@ class Folder:
         finally:
             unfinished.unlink(missing_ok=True)
 
+    @_again
     def read_bytes(self, name: str) -> bytes:
         filesystem, path = open_uri(self.uri)
         with filesystem.open_input_stream(f"{path}/{name}") as stream:
             return stream.read()
 
+    @_again
     def size(self, name: str) -> int:
         """Return a file's size in bytes; FileNotFoundError if there is none."""
         filesystem, path = open_uri(self.uri)
@@ -117,12 +131,14 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    @_again
     def folders(self) -> list[str]:
         """Return the sorted names of the folders in this folder."""
         filesystem, path = open_uri(self.uri)
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
+    @_again
     def list(self) -> list[str]:
         """Return the sorted names of the files in this folder, without unfinished ones."""
         filesystem, path = open_uri(self.uri)
@@ -238,6 +254,7 @@ class Stage:
         """Return the names of the committed shards, in order."""
         return [shard for unit in self.units() for shard in unit.shards]
 
+    @_again
     def read_shard(self, name: str, columns: list[str] | None = None) -> pa.Table:
         filesystem, path = open_uri((self.folder / "data").uri)
         # pq.read_table does the same with two requests more, in three times the time.
@@ -245,10 +262,10 @@ class Stage:
             return pq.ParquetFile(file, pre_buffer=True).read(columns)
 
     def read_rejected(self) -> pa.Table:
-        filesystem, path = open_uri((self.folder / "rejected").uri)
+        folder = self.folder / "rejected"
         # By unit: a call that was killed may have left a file that no unit speaks of.
         names = [f"{unit.name}.parquet" for unit in self.units() if unit.rejected]
-        tables = [pq.read_table(f"{path}/{name}", filesystem=filesystem) for name in names]
+        tables = [pq.read_table(pa.BufferReader(folder.read_bytes(name))) for name in names]
         return pa.concat_tables([REJECTED.empty_table(), *tables])
 
     def manifest(self) -> dict[str, Any] | None:

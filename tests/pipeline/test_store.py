@@ -1,12 +1,15 @@
 """The run directory, on a disk and in a bucket: whole files, checked tables, units that count once done."""
 
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from pipeline import store
 from pipeline.schema import DOCUMENT, Document, Rejected, to_table
 from pipeline.store import Folder, Stage, check_table, open_uri
 
@@ -172,3 +175,28 @@ def test_the_data_digest_is_that_of_settings_and_shards(tmp_path: Path) -> None:
     assert first == "14c7e261fc797f883248d971232c0f0a"
     assert first != make("third", {"a": 1, "b": 3}, "000000", "000001")
     assert first != make("fourth", {"a": 1, "b": 2}, "000000")
+
+
+def test_a_bucket_that_fails_for_a_moment_is_asked_again_and_a_disk_is_not(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[OSError] = []
+
+    def fail_first(uri: str) -> Any:
+        if errors:
+            raise errors.pop()
+        return open_uri(uri)
+
+    monkeypatch.setattr(store, "open_uri", fail_first)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    folder.write_bytes("a", b"text")
+    errors += [OSError("AWS Error INTERNAL_FAILURE during GetObject operation")] * 4
+    assert folder.read_bytes("a") == b"text" and not errors
+    errors += [OSError("AWS Error ACCESS_DENIED during PutObject operation")] * 6
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        folder.write_bytes("a", b"more")
+    assert len(errors) == 1
+    errors[:] = [OSError(errno.ENOSPC, "No space left on device")] * 2
+    with pytest.raises(OSError, match="No space"):
+        folder.write_bytes("a", b"more")
+    assert len(errors) == 1
