@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-DEADLINE_S = 600.0
+DEADLINE_S = 600.0  # for anything at all: the machine may be busy with something else
 ENGINE, WORKER = "MapWorker", "RayTrainWorker"  # classes of the actors that write and that train
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 # A node that vanished is noticed within seconds; workers are not niced, so that all nodes share the cores alike.

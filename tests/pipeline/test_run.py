@@ -19,6 +19,7 @@ import openai
 import pytest
 from safetensors import safe_open
 
+from benchmarks.raylets import DEADLINE_S
 from pipeline import status
 from pipeline.schema import ANSWER
 from pipeline.store import Stage
@@ -30,7 +31,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".models" / "smollm2-135m-instruct"
 SCHEMAS = {name: schema for name, schema in status.SCHEMAS.items() if name not in ("read", "train", "evaluate")}
-DEADLINE_S = 600.0
 
 DOCUMENTS = {
     "mill.md": "# Kestrel Mill\n\nThe Kestrel Mill on the River Arden was built in 1874 by Rosa Lindqvist. It ground "

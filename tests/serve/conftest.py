@@ -7,15 +7,15 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file
 
 from benchmarks.random_adapters import publish_random_adapters
+from benchmarks.raylets import DEADLINE_S
 from pipeline.config import Lora
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.prompts import student_chat
@@ -27,7 +27,6 @@ MODEL = ROOT / ".models" / "smollm2-135m-instruct"
 NAMES = ["ada", "bob", "cleo", "dora", "emil", "fay"]
 QUESTION = "Who built the Kestrel Mill, and when?"
 ANSWER_TOKENS = 12
-DEADLINE_S = 600.0  # for anything at all: the machine may be busy with something else
 
 
 class Published(NamedTuple):
@@ -91,12 +90,3 @@ def endpoint(config: Path, *overrides: str) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             raise
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait for a condition to be true and return its value."""
-    end = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {DEADLINE_S} s"
-        time.sleep(0.2)
-    return value

@@ -23,12 +23,13 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from benchmarks.raylets import DEADLINE_S, until
 from pipeline.engine import load_tokenizer
 from pipeline.publish import move_alias
 from serve.access import add_key
 from serve.registry import Registry
 from serve.server import TIE_NATS
-from tests.serve.conftest import ANSWER_TOKENS, DEADLINE_S, MODEL, NAMES, QUESTION, Published, endpoint, until
+from tests.serve.conftest import ANSWER_TOKENS, MODEL, NAMES, QUESTION, Published, endpoint
 
 pytestmark = pytest.mark.slow
 
