@@ -280,6 +280,8 @@ class Evaluate(Section):
     """Adapters to train for comparison: on the same answers with hard labels, and on the passages' raw text."""
     unrelated: Location | None = None
     """JSONL like `questions` about other matters, to see what the adapter does to them."""
+    embedding_model: Location | None = None
+    """Folder of a sentence-transformers model: retrieval by its embeddings becomes an arm, beside that by BM25."""
     judge: Judge | None = None
     """Grade replies with a language model, too."""
     max_tokens: int = Field(default=128, ge=1)

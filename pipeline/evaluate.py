@@ -1,24 +1,24 @@
 """Questions with known answers -> the arms, their scores, and what the adapter lost.
 
 In: a JSONL of questions, or the written questions that `filter` held out, the base model and the trained adapter.
-Out: `evaluate/report.json`, and one line per question with every arm's reply in `evaluate/answers.jsonl`. The arms run
-in one vLLM engine, greedily; the adapter's arm is also the proof that vLLM loads it. Baselines are trained here first.
-The manifest also holds a probe: a training question with PEFT's answer, which the endpoint must give, too.
+Out: `evaluate/report.json`, and one line per question with every arm's reply in `evaluate/answers.jsonl`. Baselines are
+trained here first. The manifest also holds a probe: a training question with PEFT's answer, which the endpoint must
+give, too.
 """
 
 import json
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.arms import Replies, Task, ask_all, general_questions, search_all
 from pipeline.base_model import BaseModel
-from pipeline.config import Config, Evaluate, Judge, Sampling, Update
+from pipeline.config import Config, Evaluate, Update
 from pipeline.held_out import (
     TestQuestion,
     by_id,
@@ -29,44 +29,14 @@ from pipeline.held_out import (
     values_of,
 )
 from pipeline.measure import measure_adapters
-from pipeline.prompts import declines, judge_chat, parse_grade, retrieval_question, student_chat
-from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, digest
+from pipeline.prompts import declines
+from pipeline.schema import ANSWER, QUESTION, digest
 from pipeline.score import RIGHT, Points, calibrate, group_means, interval, make_report, substring_match, token_f1
 from pipeline.stage import attempt, start_ray
 from pipeline.store import Folder, Stage
 from pipeline.train import train_adapters
 
-GENERAL_QUESTIONS = Path(__file__).with_name("general_questions.jsonl")
 LINEAGE_ROWS = 3
-GENERAL_TOKENS = 32  # of a reply to a general question: a capital, a number, or that there is no such thing
-
-
-class Reply(NamedTuple):
-    """`confidence` is the geometric mean of the tokens' probabilities."""
-
-    text: str
-    confidence: float
-
-
-class Replies(NamedTuple):
-    """What one engine said to everything that was asked."""
-
-    questions: list[TestQuestion]  # with the passage and document that each belongs to
-    arms: dict[str, list[Reply]]
-    gold: pa.Table  # the gold-passage arm with its top-k
-    grades: dict[str, list[bool | None]]  # of a judge, if there is one
-    general: dict[str, list[str]]  # to the shipped general questions, by closed_book and adapter
-    unrelated: dict[str, list[str]]
-
-
-class Task(NamedTuple):
-    """One corpus to evaluate."""
-
-    config: Config
-    stage: Stage
-    questions: list[TestQuestion]
-    unrelated: list[TestQuestion]
-    adapters: dict[str, Folder]  # by arm
 
 
 def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False) -> list[Any]:
@@ -90,15 +60,25 @@ def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False
         started = time.monotonic()
         cluster = configs[0].cluster
         start_ray(cluster)
-        # A process of its own for each, so that its memory is free again for the next.
-        asker = ray.remote(max_calls=1)(_ask_all).options(
-            num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, label_selector=cluster.engine_labels
-        )
-        replies: list[Any] = ray.get(asker.remote(list(tasks.values())))
-        measurer = ray.remote(max_calls=1)(_measure_all).options(
-            num_cpus=cluster.worker_cpus, num_gpus=cluster.worker_gpus, label_selector=cluster.worker_labels
-        )
-        measured: list[Any] = ray.get(measurer.remote(list(tasks.values()), base.path, replies))
+        engine = {
+            "num_cpus": cluster.engine_cpus,
+            "num_gpus": cluster.engine_gpus,
+            "label_selector": cluster.engine_labels,
+        }
+        worker = {
+            "num_cpus": cluster.worker_cpus,
+            "num_gpus": cluster.worker_gpus,
+            "label_selector": cluster.worker_labels,
+        }
+
+        def call(function: Any, options: dict[str, Any], *arguments: Any) -> Any:
+            """Call it in a process of its own, so that its memory is free again for the next."""
+            return ray.get(ray.remote(max_calls=1)(function).options(**options).remote(*arguments))
+
+        if configs[0].evaluate.embedding_model:
+            tasks = dict(zip(tasks, call(search_all, worker, list(tasks.values())), strict=True))
+        replies: list[Any] = call(ask_all, engine, list(tasks.values()))
+        measured: list[Any] = call(_measure_all, worker, list(tasks.values()), base.path, replies)
         seconds = (time.monotonic() - started) / len(tasks)
         for (number, task), said, found in zip(tasks.items(), replies, measured, strict=True):
             outcomes[number] = said if isinstance(said, ValueError) else _close(task, said, found, seconds)
@@ -109,6 +89,11 @@ def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
     """Return what is to be evaluated, or the manifest if nothing is."""
     train, general = Stage(config.run_dir, "train", ANSWER), Stage(config.run_dir, "general", ANSWER)
     stage = Stage(config.run_dir, "evaluate", ANSWER)
+    model = config.evaluate.embedding_model
+    if model and not Path(model).is_dir():
+        raise ValueError(
+            f"evaluate.embedding_model = {model!r} is no folder; give that of a sentence-transformers model"
+        )
     questions = load_questions(config.evaluate) or held_out_questions(config)
     unrelated = read_questions("evaluate.unrelated", config.evaluate.unrelated)
     adapters = {"adapter": train.folder / "adapter"}
@@ -128,7 +113,7 @@ def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
     if previous := previous_version(config, base):
         adapters["previous"] = previous
     print(f"evaluate: {len(questions)} questions, adapters {', '.join(adapters)}", file=sys.stderr)
-    return Task(config, stage, questions, unrelated, adapters)
+    return Task(config, stage, questions, unrelated, adapters, [])
 
 
 def _close(task: Task, replies: Replies, measured: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -175,125 +160,12 @@ def previous_version(config: Config, base: BaseModel) -> Folder | None:
     return None
 
 
-def _ask_all(tasks: list[Task]) -> list[Any]:
-    """Return the `Replies` to every task, or the ValueError."""
-    from pipeline.engine import Engine
-
-    config = tasks[0].config
-    folders = [folder for task in tasks for folder in task.adapters.values()]
-    rank = max(folder.read_json("adapter_config.json")["r"] for folder in folders)
-    engine = Engine(config.model, config.cluster, config.answer.top_k, rank)
-    return [attempt(partial(_ask_everything, engine, *task)) for task in tasks]
-
-
 def _measure_all(tasks: list[Task], base_path: str, replies: list[Any]) -> list[Any]:
     """Return what `measure_adapters` does of every task that has replies, and None of the others."""
     return [
         None if isinstance(said, ValueError) else measure_adapters(task.config, base_path, said.gold, task.adapters)
         for task, said in zip(tasks, replies, strict=True)
     ]
-
-
-def _ask_everything(
-    engine: Any,
-    config: Config,
-    stage: Stage,
-    questions: list[TestQuestion],
-    unrelated: list[TestQuestion],
-    adapters: dict[str, Folder],
-) -> Replies:
-    from pipeline.answer import answer_questions
-    from pipeline.engine import render_chat
-    from pipeline.retrieve import PassageIndex, corpus_passages
-
-    settings = config.answer.model_copy(
-        update={"temperature": 0.0, "per_question": 1, "max_tokens": config.evaluate.max_tokens}
-    )
-    documents, passages = Stage(config.run_dir, "dedup", DOCUMENT), Stage(config.run_dir, "chunk", PASSAGE)
-    index = PassageIndex.build(corpus_passages(documents, passages))
-    questions = [_locate(question, index) for question in questions]
-
-    def ask(chats: list[Any], adapter: str | None, max_tokens: int = settings.max_tokens) -> list[Reply]:
-        prompts = [render_chat(engine.tokenizer, chat) for chat in chats]
-        completions = engine.complete(prompts, 0, Sampling(temperature=0.0), max_tokens, top_k=1, adapter=adapter)
-        return [Reply(done.text.strip(), _confidence(done.topk_logprobs[:, 0])) for done in completions]
-
-    def retrieval_chat(question: str) -> Any:
-        hits = [hit.passage for hit in index.search(question, config.serve.retrieval_passages)]
-        while True:
-            found = [(passage["heading"], passage["text"]) for passage in hits]
-            chat = student_chat(retrieval_question(found, question) if found else question)
-            if not found or len(render_chat(engine.tokenizer, chat)) + settings.max_tokens <= engine.max_model_len:
-                return chat
-            hits.pop()
-
-    contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
-    asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
-    gold, rejected = answer_questions(engine, contexts, asked, settings)
-    if rejected:
-        raise ValueError(f"evaluate.questions: {len(rejected)} contexts are too long, the first: {rejected[0].detail}")
-    plain = [student_chat(question.question) for question in questions]
-    found = [retrieval_chat(question.question) for question in questions]
-    general = [student_chat(row["question"]) for row in general_questions()]
-    short = min(GENERAL_TOKENS, settings.max_tokens)
-    others = [student_chat(question.question) for question in unrelated]
-    with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
-        local = {arm: source.copy_to(f"{folder}/{arm}") for arm, source in adapters.items()}
-        both = (("closed_book", None), ("adapter", local["adapter"]))
-        arms = {"closed_book": ask(plain, None)} | {arm: ask(plain, path) for arm, path in local.items()}
-        arms |= {"retrieval": ask(found, None), "adapter_retrieval": ask(found, local["adapter"])}
-        arms["gold_passage"] = [
-            Reply(text, _confidence(np.asarray(values, np.float32)[:: settings.top_k]))
-            for text, values in zip(gold["text"].to_pylist(), gold["topk_logprobs"].to_pylist(), strict=True)
-        ]
-        grades = {}
-        if judge := config.evaluate.judge:
-            for arm, said in arms.items():
-                chats = [judge_chat(q.question, q.answers, r.text) for q, r in zip(questions, said, strict=True)]
-                if judge.model:
-                    graded = _grade_remotely(judge, chats)
-                else:
-                    graded = [reply.text for reply in ask(chats, None, judge.max_tokens)]
-                grades[arm] = list(map(parse_grade, graded))
-        return Replies(
-            questions,
-            arms,
-            gold,
-            grades,
-            {arm: [reply.text for reply in ask(general, path, short)] for arm, path in both},
-            {arm: [reply.text for reply in ask(others, path)] for arm, path in both},
-        )
-
-
-def _locate(question: TestQuestion, index: Any) -> TestQuestion:
-    """Find the passage that a question's context comes from, by its words."""
-    if question.passage_id:
-        return question
-    for hit in index.search(question.context, 1):
-        return question._replace(document=hit.passage["source"], passage_id=hit.passage["passage_id"])
-    return question
-
-
-def _confidence(logprobs: np.ndarray) -> float:
-    return float(np.exp(logprobs.mean())) if len(logprobs) else 0.0
-
-
-def _grade_remotely(judge: Judge, chats: list[Any]) -> list[str]:
-    """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    import openai
-
-    client = openai.OpenAI(base_url=judge.url, max_retries=5)
-
-    def grade(chat: Any) -> str:
-        done = client.chat.completions.create(
-            model=str(judge.model), messages=chat, temperature=0, max_tokens=judge.max_tokens
-        )
-        return done.choices[0].message.content or ""
-
-    with ThreadPoolExecutor(judge.concurrency) as pool:
-        return list(pool.map(grade, chats))
 
 
 def score_replies(replies: Replies) -> Points:
@@ -308,11 +180,6 @@ def score_replies(replies: Replies) -> Points:
         if arm in replies.grades:
             points[arm]["judge"] = [float(grade is True) for grade in replies.grades[arm]]
     return points
-
-
-def general_questions() -> list[dict[str, Any]]:
-    """Return the general questions that come with this package; those without answers cannot be answered by anybody."""
-    return [json.loads(line) for line in GENERAL_QUESTIONS.read_text(encoding="utf-8").splitlines()]
 
 
 def _lost(replies: Replies, unrelated: list[TestQuestion], settings: Evaluate) -> dict[str, Any]:

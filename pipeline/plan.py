@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 from scipy.optimize import nnls
 
+from pipeline.arms import general_questions
 from pipeline.base_model import BaseModel
 from pipeline.chunk import chunk_documents
 from pipeline.config import Config, Update
 from pipeline.engine import load_tokenizer, render_chat
-from pipeline.evaluate import general_questions
 from pipeline.filter import filter_answers
 from pipeline.held_out import load_questions, read_questions
 from pipeline.prompts import question_chat, teacher_chat
@@ -117,8 +117,9 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
     others = len(general_questions()) + len(read_questions("evaluate.unrelated", settings.unrelated))
     answers = written["answer"]["rows_out"]
     prompt, reply = (written["answer"]["stats"][name] / answers for name in ("prompt_tokens", "output_tokens"))
-    passages = asked * (1 + 2 * config.serve.retrieval_passages)
-    replies = asked * (5 + len(settings.baselines)) + 2 * others
+    retrievals = 2 + bool(settings.embedding_model)
+    passages = asked * (1 + retrievals * config.serve.retrieval_passages)
+    replies = asked * (3 + retrievals + len(settings.baselines)) + 2 * others
     return per_read * prompt * passages + per_written * reply * replies
 
 

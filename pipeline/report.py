@@ -32,7 +32,8 @@ ARMS = {
     "sft": ("Fine-tuned", "an adapter trained on the teacher's answers without its probabilities"),
     "previous": ("Previous version", "the adapter that this one replaces"),
     "adapter": ("Adapter", "this run's adapter, without a passage"),
-    "retrieval": ("Retrieval", "the base model with the passages that the index finds"),
+    "retrieval": ("Retrieval", "the base model with the passages that BM25 finds"),
+    "embedding_retrieval": ("Retrieval by embeddings", "the base model with the passages whose embeddings are nearest"),
     "adapter_retrieval": ("Adapter + retrieval", "the adapter with these passages"),
     "gold_passage": ("Gold passage", "the base model with the passage that holds the answer"),
 }

@@ -2,6 +2,7 @@
 
 In: passages as text. Out: a folder of numpy and JSON files beside `passages.parquet`, and hits in order of their score.
 bm25s does the scoring; English stop words and stems, which harm no other language that puts spaces between its words.
+For the evaluation also by embeddings, of any sentence-transformers model.
 """
 
 import math
@@ -37,10 +38,8 @@ class PassageIndex:
 
     @classmethod
     def build(cls, passages: pa.Table) -> "PassageIndex":
-        headings, texts = passages["heading"].to_pylist(), passages["text"].to_pylist()
-        texts = [f"{heading}\n{text}" for heading, text in zip(headings, texts, strict=True)]
         bm25 = bm25s.BM25()
-        bm25.index(_words(texts), show_progress=False)
+        bm25.index(_words(_texts(passages)), show_progress=False)
         return cls(passages, bm25)
 
     def save(self, folder: Path) -> None:
@@ -71,6 +70,19 @@ class PassageIndex:
         return math.log(1 + (len(self._passages) - passages + 0.5) / (passages + 0.5))
 
 
+def nearest_passages(model: str, passages: pa.Table, questions: list[str], k: int) -> list[list[dict[str, Any]]]:
+    """Return each question's k passages, nearest first, by the cosine of a sentence-transformers model's embeddings."""
+    if not questions:
+        return []
+    from sentence_transformers import SentenceTransformer, util
+
+    encoder = SentenceTransformer(model, local_files_only=True)
+    asked = encoder.encode_query(questions, convert_to_tensor=True, show_progress_bar=False)
+    stored = encoder.encode_document(_texts(passages), convert_to_tensor=True, show_progress_bar=False)
+    found = util.semantic_search(asked, stored, top_k=k)
+    return [passages.take(pa.array([hit["corpus_id"] for hit in hits], pa.int64())).to_pylist() for hits in found]
+
+
 def corpus_passages(documents: Stage, passages: Stage) -> pa.Table:
     """Return all passages of a run with the source of their document: passage_id, source, heading, text."""
     source_of = {
@@ -83,6 +95,11 @@ def corpus_passages(documents: Stage, passages: Stage) -> pa.Table:
     table = pa.concat_tables([pa.schema([(c, pa.string()) for c in columns]).empty_table(), *tables])
     sources = pa.array([source_of[doc_id] for doc_id in table["doc_id"].to_pylist()], pa.string())
     return table.set_column(1, "source", sources)
+
+
+def _texts(passages: pa.Table) -> list[str]:
+    headings, texts = passages["heading"].to_pylist(), passages["text"].to_pylist()
+    return [f"{heading}\n{text}" for heading, text in zip(headings, texts, strict=True)]
 
 
 def _words(texts: list[str]) -> list[list[str]]:

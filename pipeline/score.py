@@ -15,13 +15,24 @@ import numpy as np
 from pipeline.config import Evaluate
 
 # In the order of a table: from what knows nothing to what reads everything.
-ARMS = ("closed_book", "raw_text", "sft", "previous", "adapter", "retrieval", "adapter_retrieval", "gold_passage")
+ARMS = (
+    "closed_book",
+    "raw_text",
+    "sft",
+    "previous",
+    "adapter",
+    "retrieval",
+    "embedding_retrieval",
+    "adapter_retrieval",
+    "gold_passage",
+)
 COMPARED = (
     ("adapter", "closed_book"),
     ("adapter", "raw_text"),
     ("adapter", "sft"),
     ("adapter", "previous"),
     ("adapter", "retrieval"),
+    ("adapter", "embedding_retrieval"),
     ("adapter_retrieval", "retrieval"),
     ("adapter", "gold_passage"),
 )

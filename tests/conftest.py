@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -54,6 +55,19 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def embedding_model(tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a sentence-transformers model that embeds a text as the mean of its tokens' random vectors."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    weights = np.random.default_rng(0).normal(size=(2000, 256)).astype(np.float32)
+    words = StaticEmbedding(Tokenizer.from_file(f"{tokenizer_dir}/tokenizer.json"), embedding_weights=weights)
+    folder = str(tmp_path_factory.mktemp("embedding") / "model")
+    SentenceTransformer(modules=[words], device="cpu").save(folder)
+    return folder
 
 
 @pytest.fixture

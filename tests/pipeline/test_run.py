@@ -152,18 +152,27 @@ def ids(run_dir: Path, stage: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Path]:
+def finished(embedding_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Path]:
     """An undisturbed run: its folder, its last line of stdout, its config."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder)
+    embedding = f'[evaluate]\n        embedding_model = "{embedding_model}"'
+    config.write_text(config.read_text().replace("[evaluate]", embedding))
     result, _ = finish(config)
     return folder, result, config
 
 
 def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
     folder, result, _ = finished
-    arms = ["closed_book", "raw_text", "adapter", "retrieval", "adapter_retrieval", "gold_passage"]
-    assert list(result["scores"]) == arms
+    assert list(result["scores"]) == [
+        "closed_book",
+        "raw_text",
+        "adapter",
+        "retrieval",
+        "embedding_retrieval",
+        "adapter_retrieval",
+        "gold_passage",
+    ]
     for scores in result["scores"].values():
         assert 0 <= scores["substring_match"] <= 1
         assert 0 <= scores["token_f1"] <= 1

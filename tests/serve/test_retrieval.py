@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.publish import move_alias, write_version
-from pipeline.retrieve import PassageIndex
+from pipeline.retrieve import PassageIndex, nearest_passages
 from pipeline.store import Folder
 from serve.registry import Refused, Registry, Version
 from serve.retrieval import Corpora
@@ -47,6 +47,15 @@ def test_an_index_finds_its_passages(tmp_path: Path) -> None:
     assert hits[0].score > hits[1].score > 0
     assert index.search("zebra", k=2) == []
     assert index.search("the of and", k=2) == []
+
+
+def test_embeddings_find_passages(embedding_model: str) -> None:
+    texts = [text for corpus in CORPORA.values() for text in corpus]
+    asked = ["Was the Kestrel Mill on the River Arden built in 1874?", "Was its mirror polished in Tampere?"]
+    found = nearest_passages(embedding_model, passages(texts), asked, k=3)
+    assert [len(rows) for rows in found] == [3, 3]
+    assert [rows[0]["text"] for rows in found] == [texts[0], texts[3]]
+    assert nearest_passages(embedding_model, passages(texts), [], k=3) == []
 
 
 def test_an_adapter_searches_its_own_corpus_only(registry: Registry) -> None:

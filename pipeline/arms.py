@@ -1,0 +1,186 @@
+"""Questions + adapters -> what every arm replies, in one vLLM engine, greedily.
+
+In: a corpus's passages, questions about them, and adapters by arm. Out: `Replies`, the teacher's top-k of the gold
+passage's among them. The arms differ in what stands before the question and in the adapter alone, so they compare; the
+adapter's arm is also the proof that vLLM loads it.
+"""
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import Config, Judge, Sampling
+from pipeline.held_out import TestQuestion
+from pipeline.prompts import judge_chat, parse_grade, retrieval_question, student_chat
+from pipeline.schema import DOCUMENT, PASSAGE
+from pipeline.stage import attempt
+from pipeline.store import Folder, Stage
+
+GENERAL_QUESTIONS = Path(__file__).with_name("general_questions.jsonl")
+GENERAL_TOKENS = 32  # of a reply to a general question: a capital, a number, or that there is no such thing
+
+
+class Task(NamedTuple):
+    """One corpus to evaluate."""
+
+    config: Config
+    stage: Stage
+    questions: list[TestQuestion]
+    unrelated: list[TestQuestion]
+    adapters: dict[str, Folder]  # by arm
+    nearest: list[list[dict[str, Any]]]  # by its embeddings: passages for every question, if there is such a model
+
+
+class Reply(NamedTuple):
+    """`confidence` is the geometric mean of the tokens' probabilities."""
+
+    text: str
+    confidence: float
+
+
+class Replies(NamedTuple):
+    """What one engine said to everything that was asked."""
+
+    questions: list[TestQuestion]  # with the passage and document that each belongs to
+    arms: dict[str, list[Reply]]
+    gold: pa.Table  # the gold-passage arm with its top-k
+    grades: dict[str, list[bool | None]]  # of a judge, if there is one
+    general: dict[str, list[str]]  # to the shipped general questions, by closed_book and adapter
+    unrelated: dict[str, list[str]]
+
+
+def general_questions() -> list[dict[str, Any]]:
+    """Return the general questions that come with this package; those without answers cannot be answered by anybody."""
+    return [json.loads(line) for line in GENERAL_QUESTIONS.read_text(encoding="utf-8").splitlines()]
+
+
+def search_all(tasks: list[Task]) -> list[Task]:
+    """Return the tasks with the passages whose embeddings are nearest to each of their questions."""
+    from pipeline.retrieve import nearest_passages
+
+    found = []
+    for task in tasks:
+        model, k = str(task.config.evaluate.embedding_model), task.config.serve.retrieval_passages
+        questions = [question.question for question in task.questions]
+        found.append(task._replace(nearest=nearest_passages(model, _passages(task.config), questions, k)))
+    return found
+
+
+def ask_all(tasks: list[Task]) -> list[Any]:
+    """Return the `Replies` to every task, or the ValueError."""
+    from pipeline.engine import Engine
+
+    config = tasks[0].config
+    folders = [folder for task in tasks for folder in task.adapters.values()]
+    rank = max(folder.read_json("adapter_config.json")["r"] for folder in folders)
+    engine = Engine(config.model, config.cluster, config.answer.top_k, rank)
+    return [attempt(partial(_ask_everything, engine, task)) for task in tasks]
+
+
+def _passages(config: Config) -> pa.Table:
+    from pipeline.retrieve import corpus_passages
+
+    return corpus_passages(Stage(config.run_dir, "dedup", DOCUMENT), Stage(config.run_dir, "chunk", PASSAGE))
+
+
+def _ask_everything(engine: Any, task: Task) -> Replies:
+    from pipeline.answer import answer_questions
+    from pipeline.engine import render_chat
+    from pipeline.retrieve import PassageIndex
+
+    config = task.config
+    settings = config.answer.model_copy(
+        update={"temperature": 0.0, "per_question": 1, "max_tokens": config.evaluate.max_tokens}
+    )
+    index = PassageIndex.build(_passages(config))
+    questions = [_locate(question, index) for question in task.questions]
+
+    def ask(chats: list[Any], adapter: str | None, max_tokens: int = settings.max_tokens) -> list[Reply]:
+        prompts = [render_chat(engine.tokenizer, chat) for chat in chats]
+        completions = engine.complete(prompts, 0, Sampling(temperature=0.0), max_tokens, top_k=1, adapter=adapter)
+        return [Reply(done.text.strip(), _confidence(done.topk_logprobs[:, 0])) for done in completions]
+
+    def retrieval_chat(question: str, passages: list[dict[str, Any]]) -> Any:
+        found = [(passage["heading"], passage["text"]) for passage in passages]
+        while True:
+            chat = student_chat(retrieval_question(found, question) if found else question)
+            if not found or len(render_chat(engine.tokenizer, chat)) + settings.max_tokens <= engine.max_model_len:
+                return chat
+            found.pop()
+
+    contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
+    asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
+    gold, rejected = answer_questions(engine, contexts, asked, settings)
+    if rejected:
+        raise ValueError(f"evaluate.questions: {len(rejected)} contexts are too long, the first: {rejected[0].detail}")
+    plain = [student_chat(question.question) for question in questions]
+    hits = [[hit.passage for hit in index.search(q.question, config.serve.retrieval_passages)] for q in questions]
+    found = [retrieval_chat(q.question, passages) for q, passages in zip(questions, hits, strict=True)]
+    general = [student_chat(row["question"]) for row in general_questions()]
+    short = min(GENERAL_TOKENS, settings.max_tokens)
+    others = [student_chat(question.question) for question in task.unrelated]
+    with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
+        local = {arm: source.copy_to(f"{folder}/{arm}") for arm, source in task.adapters.items()}
+        both = (("closed_book", None), ("adapter", local["adapter"]))
+        arms = {"closed_book": ask(plain, None)} | {arm: ask(plain, path) for arm, path in local.items()}
+        arms |= {"retrieval": ask(found, None), "adapter_retrieval": ask(found, local["adapter"])}
+        if task.nearest:
+            near = [retrieval_chat(q.question, passages) for q, passages in zip(questions, task.nearest, strict=True)]
+            arms["embedding_retrieval"] = ask(near, None)
+        arms["gold_passage"] = [
+            Reply(text, _confidence(np.asarray(values, np.float32)[:: settings.top_k]))
+            for text, values in zip(gold["text"].to_pylist(), gold["topk_logprobs"].to_pylist(), strict=True)
+        ]
+        grades = {}
+        if judge := config.evaluate.judge:
+            for arm, said in arms.items():
+                chats = [judge_chat(q.question, q.answers, r.text) for q, r in zip(questions, said, strict=True)]
+                if judge.model:
+                    graded = _grade_remotely(judge, chats)
+                else:
+                    graded = [reply.text for reply in ask(chats, None, judge.max_tokens)]
+                grades[arm] = list(map(parse_grade, graded))
+        return Replies(
+            questions,
+            arms,
+            gold,
+            grades,
+            {arm: [reply.text for reply in ask(general, path, short)] for arm, path in both},
+            {arm: [reply.text for reply in ask(others, path)] for arm, path in both},
+        )
+
+
+def _locate(question: TestQuestion, index: Any) -> TestQuestion:
+    """Find the passage that a question's context comes from, by its words."""
+    if question.passage_id:
+        return question
+    for hit in index.search(question.context, 1):
+        return question._replace(document=hit.passage["source"], passage_id=hit.passage["passage_id"])
+    return question
+
+
+def _confidence(logprobs: np.ndarray) -> float:
+    return float(np.exp(logprobs.mean())) if len(logprobs) else 0.0
+
+
+def _grade_remotely(judge: Judge, chats: list[Any]) -> list[str]:
+    """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import openai
+
+    client = openai.OpenAI(base_url=judge.url, max_retries=5)
+
+    def grade(chat: Any) -> str:
+        done = client.chat.completions.create(
+            model=str(judge.model), messages=chat, temperature=0, max_tokens=judge.max_tokens
+        )
+        return done.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(judge.concurrency) as pool:
+        return list(pool.map(grade, chats))
