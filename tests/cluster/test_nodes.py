@@ -137,6 +137,7 @@ def test_nodes_come_for_waiting_engines_and_idle_ones_go(tmp_path: Path) -> None
         file = tmp_path / "autoscaler.yaml"
         file.write_text(yaml.safe_dump(scaling))
         environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        cluster.environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = "{}"  # see the file
         cluster.start_head(0, f"--autoscaling-config={file}", **environment)
         assert len(cluster.nodes()) == 1
         chaos.run(cluster, log, "read", config)
