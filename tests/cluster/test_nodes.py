@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -18,8 +19,10 @@ import yaml
 from benchmarks import chaos
 from benchmarks.faulty_bucket import faulty_bucket
 from benchmarks.raylets import ENGINE, WORKER, empty_cluster, local_cluster, title, until
+from pipeline.config import Train
 from pipeline.schema import ANSWER
 from pipeline.store import Folder, Stage
+from pipeline.student import KlScorer
 from tests.conftest import ROOT
 from tests.pipeline.test_run import DOCUMENTS, MODEL, finish
 from tests.pipeline.test_run import start as start_driver
@@ -154,22 +157,32 @@ def test_nodes_come_for_waiting_engines_and_idle_ones_go(tmp_path: Path) -> None
 STEADY = ["train.epochs=12", "train.checkpoint_steps=4"]
 
 
+class Course(NamedTuple):
+    losses: np.ndarray  # of every step
+    kl: float  # of the adapter to the teacher, mean over the answers
+
+
+def course(losses: list[float], adapter: Path, answered: Path, model: Path) -> Course:
+    answers = Stage(str(answered), "filter", ANSWER).read_unit("0-00000")
+    return Course(np.asarray(losses), float(KlScorer(Train(), str(model), 1, str(adapter)).kl(answers).mean()))
+
+
 @pytest.fixture(scope="module")
-def undisturbed(
-    local_ray: None, answered: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> np.ndarray:
-    losses, _ = train(answered, tiny_model, tmp_path_factory.mktemp("undisturbed"), "cluster.num_workers=2", *STEADY)
-    return np.asarray(losses)
+def undisturbed(local_ray: None, answered: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Course:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return course(*train(answered, tiny_model, folder, "cluster.num_workers=2", *STEADY), answered, tiny_model)
 
 
-def assert_same_course(losses: list[float], undisturbed: np.ndarray) -> None:
+def assert_same(after: Course, undisturbed: Course) -> None:
     """Not to the last digit: sums in another order differ in bf16."""
-    assert len(losses) == len(undisturbed)
-    assert np.abs(np.asarray(losses) - undisturbed).max() < 0.05 * undisturbed[0]
+    assert len(after.losses) == len(undisturbed.losses)
+    assert np.abs(after.losses - undisturbed.losses).max() < 0.05 * undisturbed.losses[0]
+    assert after.kl < undisturbed.losses[0] / 2, "it learnt"
+    assert after.kl == pytest.approx(undisturbed.kl, rel=0.05)
 
 
 def test_training_goes_on_when_a_worker_dies(
-    undisturbed: np.ndarray, answered: Path, tiny_model: Path, tmp_path: Path
+    undisturbed: Course, answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """One of two workers is killed in mid-epoch: the same call goes on from the last checkpoint."""
     killed_after: list[int] = []
@@ -182,14 +195,14 @@ def test_training_goes_on_when_a_worker_dies(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    losses, _ = train(answered, tiny_model, tmp_path, "cluster.num_workers=2", *STEADY)
+    losses, adapter = train(answered, tiny_model, tmp_path, "cluster.num_workers=2", *STEADY)
     killer.join()
     assert 0 < killed_after[0] < len(losses)
-    assert_same_course(losses, undisturbed)
+    assert_same(course(losses, adapter, answered, tiny_model), undisturbed)
 
 
 def test_training_goes_on_with_another_number_of_workers(
-    undisturbed: np.ndarray, answered: Path, tiny_model: Path, tmp_path: Path
+    undisturbed: Course, answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Two workers, then one, then two, the driver killed in between."""
     config = write_run(tmp_path, answered, tiny_model)
@@ -202,5 +215,6 @@ def test_training_goes_on_with_another_number_of_workers(
         driver.communicate()
     finish(config, "train", "cluster.num_workers=2", *STEADY)
     history = json.loads((train_dir / "history.json").read_text())
-    assert [entry["step"] for entry in history] == list(range(1, len(undisturbed) + 1))
-    assert_same_course([entry["loss"] for entry in history], undisturbed)
+    assert [entry["step"] for entry in history] == list(range(1, len(undisturbed.losses) + 1))
+    losses = [entry["loss"] for entry in history]
+    assert_same(course(losses, train_dir / "adapter", answered, tiny_model), undisturbed)
