@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--name", required=True, help="name of the result file")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help="a setting to vary")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     changes = [AS_GIVEN]
     for varied in options.vary:

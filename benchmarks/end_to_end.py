@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--name", required=True, help="name of the result file")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     if Path(config.run_dir).exists():
         sys.exit(f"{config.run_dir} exists, and this measures a run from its beginning; remove it or choose another")

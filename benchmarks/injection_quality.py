@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--data", help="evaluation set, JSONL")
     parser.add_argument("--passages", type=int, default=40, help="passages of it")
     parser.add_argument("--aim", type=float, default=0.7, help="share of the gap that was asked for")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     overrides = list(options.overrides)
     if options.data:
         folder = Path(load_config(options.config, overrides).run_dir, "data")

@@ -126,6 +126,6 @@ def parse_options(doc: str | None, name: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes; saves nothing unless --name is given")
     parser.add_argument("--name", help="name of the result file")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.name = options.name or (None if options.quick else f"{name}-{Path(options.config).stem}")
     return options

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--name", required=True, help="name of the result file")
     parser.add_argument("--teachers", nargs="+", default=["stored", "online"])
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     for stage in ("read", "chunk", "write", "filter"):
         run_pipeline(stage, options.config, *options.overrides)
     config = load_config(options.config, options.overrides)

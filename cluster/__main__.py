@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--address", help="submit: the job server, http://HEAD:8265; check: the cluster, HEAD:6379")
     parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job, not only its log")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
         if options.command == "submit":

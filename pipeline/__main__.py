@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--redo", action="store_true", help="empty a stage that was made with other settings")
     parser.add_argument("--force", metavar="REASON", help="publish an adapter that is below publish.gate, and say why")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         configs = load_configs(options.config, options.overrides)
         # Stdout is for the result alone; DeepSpeed, among others, logs to it.

@@ -1,10 +1,13 @@
 """The config: wrong settings stop at the door, all at once, each with its name, value and remedy."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+import cluster.__main__
+import pipeline.__main__
 from pipeline.config import DEEPSPEED_KEYS_SET_HERE, ENGINE_KEYS_SET_HERE, load_config
 
 COMPLETE = """
@@ -67,6 +70,18 @@ def test_a_complete_file(path: Path) -> None:
 def test_a_wrong_setting_is_named(path: Path, override: str, error: str) -> None:
     (line,) = errors(path, override)
     assert line.startswith(error)
+
+
+@pytest.mark.parametrize(
+    ("main", "option"),
+    [(pipeline.__main__.main, ["status", "--redo"]), (cluster.__main__.main, ["check", "--address=a"])],
+)
+def test_settings_may_stand_behind_options(
+    main: Callable[[list[str]], int], option: list[str], path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, flag = option
+    assert main([command, str(path), flag, "chunk.zzz=1"]) == 2
+    assert "chunk.zzz = 1: unknown key" in capsys.readouterr().err
 
 
 def test_what_must_be_chosen_has_no_default(tmp_path: Path) -> None:
