@@ -8,6 +8,7 @@ stop the other corpora), 130 after Ctrl-C.
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -81,6 +82,9 @@ def _prepare(config: Config) -> None:
     from pipeline.held_out import load_questions, read_questions
     from pipeline.store import Folder
 
+    model = config.evaluate.embedding_model
+    if model and not os.path.isdir(model):
+        raise ValueError(f"evaluate.embedding_model = {model!r}: no such folder; give a sentence-transformers model's")
     load_questions(config.evaluate)
     read_questions("evaluate.unrelated", config.evaluate.unrelated)
     Folder(config.run_dir).write_json("config.json", config.model_dump())

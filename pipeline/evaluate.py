@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,11 +88,6 @@ def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
     """Return what is to be evaluated, or the manifest if nothing is."""
     train, general = Stage(config.run_dir, "train", ANSWER), Stage(config.run_dir, "general", ANSWER)
     stage = Stage(config.run_dir, "evaluate", ANSWER)
-    model = config.evaluate.embedding_model
-    if model and not Path(model).is_dir():
-        raise ValueError(
-            f"evaluate.embedding_model = {model!r} is no folder; give that of a sentence-transformers model"
-        )
     questions = load_questions(config.evaluate) or held_out_questions(config)
     unrelated = read_questions("evaluate.unrelated", config.evaluate.unrelated)
     adapters = {"adapter": train.folder / "adapter"}

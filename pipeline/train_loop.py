@@ -321,14 +321,15 @@ def training_tables(config: Config) -> tuple[Iterator[pa.Table], Iterator[pa.Tab
     if config.update.previous_run is None:
         return map(answers.read_shard, answers.shards()), iter(()), _general_answers(config)
     removed = map(forgotten.read_shard, forgotten.shards() if config.update.forget_removed else [])
-    new, old = (new for new, _ in _split_answers(config)), (old for _, old in _split_answers(config))
+    previous = PreviousRun(config.update.previous_run)
+    new = (new for new, _ in _split_answers(config, previous))
+    old = (old for _, old in _split_answers(config, previous))  # read again: one group is copied after the other
     return chain(new, removed), old, _general_answers(config)
 
 
-def _split_answers(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
+def _split_answers(config: Config, previous: PreviousRun) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Yield the answers of every unit, those about new passages and those about what the previous run has, too."""
     answers, passages = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "chunk", PASSAGE)
-    previous = PreviousRun(config.update.previous_run)
     for unit in answers.units():
         yield split_rows(answers.read_unit(unit.name), passages.read_shard(f"{unit.name}.parquet"), previous)
 

@@ -292,6 +292,11 @@ def test_status_reads_the_run(finished: tuple[Path, dict, Path]) -> None:
         ("run", "model.path=/no/such/folder", "no such folder"),
         ("run", "read.paths=['/no/such/folder']", "read.paths"),
         ("run", "evaluate.questions=/no/such/file", "no such file"),
+        (
+            "run",
+            "evaluate.embedding_model=/no/such/model",
+            "embedding_model = '/no/such/model': no such folder",
+        ),
     ],
 )
 def test_bad_input_gets_one_message(
