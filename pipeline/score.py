@@ -6,6 +6,7 @@ Pure functions. Intervals are 95 % percentile bootstrap over the questions; arms
 
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -115,18 +116,20 @@ def interval(values: Any, settings: Evaluate) -> list[float]:
 def _resample(statistic: Callable[..., Any], arms: tuple[np.ndarray, ...], settings: Evaluate) -> list[float]:
     if all(np.ptp(values) == 0 for values in arms):
         return [float(statistic(*arms, axis=0))] * 2
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
-    result = bootstrap(
-        arms,
-        statistic,
-        paired=len(arms) > 1,
-        n_resamples=settings.bootstrap_resamples,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(settings.seed),
-        batch=100,
-    )
+    # It warns of resamples that have no gap; their NaN is left out.
+    with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):
+        result = bootstrap(
+            arms,
+            statistic,
+            paired=len(arms) > 1,
+            n_resamples=settings.bootstrap_resamples,
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(settings.seed),
+            batch=100,
+        )
     low, high = np.nanpercentile(result.bootstrap_distribution, [2.5, 97.5])
     return [float(low), float(high)]
 

@@ -55,6 +55,13 @@ def test_no_gap_gives_no_share() -> None:
     assert report["gap_closed"] is None and report["gap_closed_interval"] is None
 
 
+def test_resamples_without_a_gap_are_left_out_quietly(recwarn: pytest.WarningsRecorder) -> None:
+    points = {"closed_book": [0.0, 1.0, 0.0], "adapter": [0.0, 1.0, 1.0], "gold_passage": [0.0, 1.0, 1.0]}
+    report = make_report({arm: {"token_f1": points[arm]} for arm in ENDS}, "token_f1", Evaluate())
+    assert report["gap_closed_interval"] == [1.0, 1.0]
+    assert not recwarn.list
+
+
 def test_arms_are_compared_question_by_question() -> None:
     """Two arms that differ on one question of 40 always by the same sign have a narrow interval around that."""
     base = [0.0, 1.0] * 20
