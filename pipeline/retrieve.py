@@ -6,6 +6,7 @@ For the evaluation also by embeddings, of any sentence-transformers model.
 """
 
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +75,9 @@ def nearest_passages(model: str, passages: pa.Table, questions: list[str], k: in
     """Return each question's k passages, nearest first, by the cosine of a sentence-transformers model's embeddings."""
     if not questions:
         return []
-    from sentence_transformers import SentenceTransformer, util
+    from sentence_transformers import util
 
-    encoder = SentenceTransformer(model, local_files_only=True)
+    encoder = _load_encoder(model)
     asked = encoder.encode_query(questions, convert_to_tensor=True, show_progress_bar=False)
     stored = encoder.encode_document(_texts(passages), convert_to_tensor=True, show_progress_bar=False)
     found = util.semantic_search(asked, stored, top_k=k)
@@ -95,6 +96,14 @@ def corpus_passages(documents: Stage, passages: Stage) -> pa.Table:
     table = pa.concat_tables([pa.schema([(c, pa.string()) for c in columns]).empty_table(), *tables])
     sources = pa.array([source_of[doc_id] for doc_id in table["doc_id"].to_pylist()], pa.string())
     return table.set_column(1, "source", sources)
+
+
+@lru_cache(1)
+def _load_encoder(model: str) -> Any:
+    """Load a model once for all corpora of a job."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(model, local_files_only=True)
 
 
 def _texts(passages: pa.Table) -> list[str]:
