@@ -6,12 +6,15 @@ For the evaluation also by embeddings, of any sentence-transformers model.
 """
 
 import math
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bm25s
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import Stemmer
 
@@ -53,12 +56,21 @@ class PassageIndex:
         bm25 = bm25s.BM25.load(folder, mmap=True, allow_pickle=False, show_progress=False)
         return cls(pq.read_table(folder / PASSAGES), bm25)
 
-    def search(self, question: str, k: int) -> list[Hit]:
-        """Return the k best passages, best first; fewer if fewer share a word with the question."""
+    def search(self, question: str, k: int, among: tuple[str, Collection[str]] | None = None) -> list[Hit]:
+        """Return the k best passages, best first; fewer if fewer share a word with the question.
+
+        `among` is a column and the values that it may have.
+        """
         (words,) = _words([question])
         if not words or not len(self._passages):
             return []
-        found, scores = self._bm25.retrieve([words], k=min(k, len(self._passages)), show_progress=False)
+        mask = np.ones(len(self._passages), bool)
+        if among is not None:
+            options = pc.SetLookupOptions(pa.array(sorted(among[1]), pa.string()))
+            mask = np.asarray(pc.call_function("is_in", [self._passages[among[0]]], options))
+        found, scores = self._bm25.retrieve(
+            [words], k=min(k, len(self._passages)), weight_mask=mask, show_progress=False
+        )
         hits = [(int(row), float(score)) for row, score in zip(found[0], scores[0], strict=True) if score > 0]
         rows = self._passages.take(pa.array([row for row, _ in hits], pa.int64())).to_pylist()
         most = sum(self._idf(word) for word in words)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             signal.pause()
         except KeyboardInterrupt:
-            serve.shutdown()
+            serve.delete("distillery")  # on a cluster that was joined, other applications go on
     return 0
 
 

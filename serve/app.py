@@ -39,7 +39,8 @@ def build_app(config: Config) -> serve.Application:
     ingress = serve.deployment(
         make_ingress(settings),
         name="ingress",
-        max_ongoing_requests=settings.max_queued + settings.max_requests * settings.max_replicas,
+        # Twice what the replicas take: who finds them full is told so, and does not wait in front of the ingress.
+        max_ongoing_requests=2 * (settings.max_queued + settings.max_requests * settings.max_replicas),
         autoscaling_config={"min_replicas": 1, "max_replicas": max(1, settings.max_replicas // 4)},
         ray_actor_options={"num_cpus": 0},
     )
@@ -61,6 +62,8 @@ def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
                 "max_cpu_loras": settings.adapters_in_memory,
                 "max_lora_rank": vllm_rank(settings.max_rank),
             }
+            # On a CPU, a seeded request whose prompt is read in parts ends the engine.
+            | ({} if on_gpu else {"enable_chunked_prefill": False})
             | config.model.engine,
             "deployment_config": {
                 "autoscaling_config": {

@@ -11,6 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -35,12 +36,13 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
 from pipeline.config import Serve
 from pipeline.prompts import retrieval_question
-from serve.access import ANYONE, Caller, identify, read_keys
+from serve.access import ANYONE, EVERY, Caller, identify, read_keys
 from serve.http import error_body, make_http_app
 from serve.registry import Refused, Registry, Version
 from serve.retrieval import Corpora
 
 AUTO = "auto"
+SEARCHES = 4  # at a time
 ATTEMPTS = 3  # a replica that dies before its first token costs the client nothing
 log = logging.getLogger("ray.serve")
 
@@ -57,6 +59,7 @@ class Ingress(OpenAiIngress):
         self._registry = Registry(registry)
         self._settings = settings
         self._corpora = Corpora(self._registry, settings.max_adapter_mb << 20)
+        self._searching = ThreadPoolExecutor(SEARCHES, "search")
         self._remembered: TTLCache[Any, Any] = TTLCache(10_000, settings.alias_seconds)
         self._manifest = lru_cache(10_000)(self._registry.manifest)
         self._active: Counter[str] = Counter()
@@ -65,9 +68,10 @@ class Ingress(OpenAiIngress):
         caller = await self._caller(request)
         extra: dict[str, Any] = {}
         question = _last_question(body)
+        _refuse_prompt_logprobs(body)
         version = await self._version(body.model, caller, question, extra)
         retrieval = (body.model_extra or {}).get("retrieval")
-        if retrieval:
+        if retrieval and not (body.model == AUTO and version is None):
             await self._add_passages(body, version, question, retrieval, extra)
         body.model = version.model_id if version else self._base
         return await self._respond(body, "chat", caller, extra)
@@ -77,6 +81,7 @@ class Ingress(OpenAiIngress):
         extra: dict[str, Any] = {}
         if (body.model_extra or {}).get("retrieval"):
             raise Refused(400, "unsupported", "'retrieval' needs /v1/chat/completions.")
+        _refuse_prompt_logprobs(body)
         version = await self._version(body.model, caller, body.prompt if isinstance(body.prompt, str) else None, extra)
         body.model = version.model_id if version else self._base
         return await self._respond(body, "completions", caller, extra)
@@ -112,8 +117,10 @@ class Ingress(OpenAiIngress):
     async def page(self) -> Response:
         return HTMLResponse(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
-    async def metrics(self) -> Response:
-        """Prometheus text of every node of the cluster: Serve's, vLLM's and our own metrics."""
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus text of every node of the cluster; it names every adapter, so a key must be for all of them."""
+        if not (await self._caller(request)).may_use(EVERY):
+            raise Refused(403, "forbidden", "Metrics need a key for all adapters.")
         nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
         urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
         async with httpx.AsyncClient(timeout=10) as client:
@@ -141,7 +148,7 @@ class Ingress(OpenAiIngress):
             raise Refused(400, "unsupported", "'auto' needs a question in plain text.")
         live = await self._live()
         allowed = frozenset(version.name for version in live if caller.may_use(version.name))
-        found = await asyncio.to_thread(self._corpora.route, question, frozenset(live), allowed)
+        found = await self._in_corpora(self._corpora.route, question, frozenset(live), allowed)
         chosen = found[0] if found and found[1] >= self._settings.auto_min_score else None
         extra["route"] = {
             "model": chosen.model_id if chosen else self._base,
@@ -159,7 +166,7 @@ class Ingress(OpenAiIngress):
             raise Refused(400, "invalid_value", f"retrieval = {k!r} must be true or a number of passages from 1 to 20.")
         if version is None or not question:
             raise Refused(400, "unsupported", "'retrieval' needs an adapter and a question in plain text.")
-        hits = await asyncio.to_thread(self._corpora.search, version, question, k)
+        hits = await self._in_corpora(self._corpora.search, version, question, k)
         passages = [(hit.passage["heading"], hit.passage["text"]) for hit in hits]
         messages: Any = body.messages
         messages[-1]["content"] = retrieval_question(passages, question)
@@ -167,6 +174,10 @@ class Ingress(OpenAiIngress):
             {**{key: hit.passage[key] for key in ("source", "heading", "text")}, "score": round(hit.score, 3)}
             for hit in hits
         ]
+
+    async def _in_corpora(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it in threads of its own: while an index is built, others' aliases and keys are still looked up."""
+        return await asyncio.get_running_loop().run_in_executor(self._searching, function, *arguments)
 
     async def _live(self) -> list[Version]:
         return await self._remember("live", self._registry.live)
@@ -216,8 +227,9 @@ class Ingress(OpenAiIngress):
                 started = False
                 try:
                     async for item in self._get_response(body=body, call_method=call):
-                        if isinstance(item, ErrorResponse):
-                            raise _refusal(item)
+                        head = item[0] if isinstance(item, list) and item else item  # a stream comes in batches
+                        if isinstance(head, ErrorResponse):
+                            raise _refusal(head)
                         started = True
                         yield item
                     return
@@ -289,6 +301,12 @@ def _refusal(error: ErrorResponse) -> Refused:
     if error.error.code < 500:
         return Refused(error.error.code, error.error.type, error.error.message)
     return Refused(503, "service_unavailable", "The engine failed; ask again.")
+
+
+def _refuse_prompt_logprobs(body: Any) -> None:
+    """Refuse what ends vLLM's CPU engine when other adapters' requests are in the same batch."""
+    if getattr(body, "prompt_logprobs", None) is not None or (getattr(body, "echo", False) and body.logprobs):
+        raise Refused(400, "unsupported", "Log-probabilities of the prompt are not served.")
 
 
 def _last_question(body: ChatCompletionRequest) -> str | None:

@@ -6,6 +6,7 @@ load. What must not be served is `Refused`, with the HTTP status, the OpenAI err
 
 import hashlib
 import json
+import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[0-9a-f]{16}")
+log = logging.getLogger("ray.serve")
 _HARMLESS = {".safetensors", ".json", ".md"}
 
 
@@ -65,8 +67,16 @@ class Registry:
     def _live_aliases(self) -> list[tuple[str, dict[str, Any]]]:
         found = [name for name in self.folder.folders() if _NAME.fullmatch(name)]
         with ThreadPoolExecutor(16) as pool:
-            aliases = list(pool.map(self.alias, found))
-        return [(name, alias) for name, alias in zip(found, aliases, strict=True) if _is_live(alias)]
+            aliases = list(pool.map(self._alias_or_none, found))
+        return [(name, alias) for name, alias in zip(found, aliases, strict=True) if alias and _is_live(alias)]
+
+    def _alias_or_none(self, name: str) -> dict[str, Any] | None:
+        """Return the alias; None if it is broken or leads elsewhere, so that one name does not hide the others."""
+        try:
+            return self.alias(name)
+        except (Refused, ValueError) as error:
+            log.warning("%s is left out: %s", name, error)
+            return None
 
     def alias(self, name: str) -> dict[str, Any]:
         """Return {version, before, retired, pinned} of a name; version is None for an unknown one."""
@@ -155,7 +165,7 @@ class Registry:
                 raise _bad(version, f"{name} is missing") from None
             if hashlib.sha256(data).hexdigest() != digests.get(name):
                 raise _bad(version, f"{name} is not what was published: its digest differs")
-            (target / file).write_bytes(data)
+            Folder(str(target)).write_bytes(file, data)  # whole: another load may be reading it
 
     def _below(self, name: str) -> Folder:
         """Return the folder of a name; one that leads out of the registry through a symlink counts as unknown."""

@@ -49,9 +49,8 @@ class Corpora:
             if versions != self._routed:
                 self._routes, self._routed = self._build_routes(versions), versions
             index = self._routes
-        hits = index.search(question, k=32) if index else []
-        best = next((hit for hit in hits if hit.passage["name"] in allowed), None)
-        return best and (Version(best.passage["name"], best.passage["version"]), best.score)
+        hits = index.search(question, 1, among=("name", allowed)) if index else []
+        return next(((Version(hit.passage["name"], hit.passage["version"]), hit.score) for hit in hits), None)
 
     def _build_routes(self, versions: frozenset[Version]) -> PassageIndex | None:
         tables = []
@@ -69,5 +68,9 @@ class Corpora:
 
     def _fetch(self, version: Version, only: set[str] | None = None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="passages-"))
-        self._registry.fetch_retrieval(version, folder, self._max_bytes, only)
+        try:
+            self._registry.fetch_retrieval(version, folder, self._max_bytes, only)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
         return folder

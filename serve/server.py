@@ -12,6 +12,7 @@ would die of a missing one.
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import time
@@ -40,6 +41,7 @@ from serve.registry import Refused, Registry, Version
 FAILED_S = 30.0  # a failed adapter is tried again after this long
 TIE_NATS = 0.5  # logits near 20 are 0.125 apart in bf16; kernels that add in another order swap neighbours
 PINNED_S = 5.0
+log = logging.getLogger("ray.serve")
 
 
 @dataclass
@@ -133,7 +135,7 @@ class AdapterServer(LLMServer):
             if manifest["probe"] is not None:
                 await self._probe(model_id, manifest["probe"])
         except Exception as error:
-            refused = error if isinstance(error, Refused) else await self._blame(model_id)
+            refused = error if isinstance(error, Refused) else await self._blame(model_id, error)
             if refused.status == 503:
                 self._enter(model_id, "registered")
                 raise refused from error
@@ -147,8 +149,10 @@ class AdapterServer(LLMServer):
         self._loads.inc(tags={"outcome": "ready"})
         return loaded
 
-    async def _blame(self, model_id: str) -> Refused:
-        """Say whether an adapter could not be loaded because of itself, or because the engine is gone."""
+    async def _blame(self, model_id: str, error: Exception) -> Refused:
+        """Say whether an adapter could not be loaded because of itself, or because storage or the engine is gone."""
+        if isinstance(error, OSError):
+            return Refused(503, "service_unavailable", "The adapter cannot be read just now; ask again.")
         try:
             await self._engine.check_health()
         except Exception:
@@ -207,18 +211,31 @@ class AdapterServer(LLMServer):
     async def _keep_pinned(self) -> None:
         """Hold the live versions of pinned names in the engine's slots, all but one slot at most."""
         while True:
-            with contextlib.suppress(Refused, OSError):
+            try:
                 pinned = await asyncio.to_thread(self._registry.pinned)
+            except OSError as error:
+                log.warning("pinned adapters cannot be looked up: %s", error)
+            else:
                 wanted = [version.model_id for version in pinned[: self._settings.adapter_slots - 1]]
-                for model_id in [m for m, state in self._states.items() if state.pinned and m not in wanted]:
-                    await self._engine._engine_client.remove_lora(self._lora_id(model_id))  # vLLM knows no unpin
-                    self._states[model_id].pinned = False
-                for model_id in wanted:
-                    await self._multiplexed(model_id)
-                    if not self._states[model_id].pinned:
-                        await self._engine._engine_client.pin_lora(self._lora_id(model_id))
-                        self._states[model_id].pinned = True
+                left = [m for m, state in self._states.items() if state.pinned and m not in wanted]
+                for pin, model_id in [*((self._unpin, m) for m in left), *((self._pin, m) for m in wanted)]:
+                    try:
+                        await pin(model_id)
+                    except Exception as error:  # one adapter's trouble is not the others'
+                        log.warning("%s: cannot be pinned or let go: %s", model_id, error)
             await asyncio.sleep(PINNED_S)
+
+    async def _pin(self, model_id: str) -> None:
+        await self._multiplexed(model_id)
+        if not self._states[model_id].pinned:
+            request = self._engine._oai_models.lora_requests[model_id]
+            await self._engine._engine_client.add_lora(request)  # it may have left vLLM's memory
+            await self._engine._engine_client.pin_lora(request.lora_int_id)
+            self._states[model_id].pinned = True
+
+    async def _unpin(self, model_id: str) -> None:
+        await self._engine._engine_client.remove_lora(self._lora_id(model_id))  # vLLM knows no unpin
+        self._states[model_id].pinned = False
 
     async def _multiplexed(self, model_id: str) -> None:
         """Load an adapter as a request for it would."""

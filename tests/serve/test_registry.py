@@ -58,6 +58,16 @@ def test_a_symlink_out_of_the_registry_is_unknown(registry: Registry, tmp_path: 
     assert refused.value.status == 404
 
 
+def test_a_broken_name_does_not_hide_the_others(registry: Registry, tmp_path: Path) -> None:
+    live = registry.live()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Path(registry.folder.uri, "outside").symlink_to(elsewhere)
+    Path(registry.folder.uri, "torn").mkdir()
+    Path(registry.folder.uri, "torn", "live.json").write_text("{")
+    assert live and registry.live() == live
+
+
 def test_alias_rollback_and_retire(registry: Registry) -> None:
     old = registry.resolve("ada")
     contents = {
