@@ -9,7 +9,7 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=08:00:00
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=TERM@120
 set -euo pipefail
 
 config=${1:?usage: sbatch cluster/slurm.sh CONFIG [section.key=value ...]}
@@ -21,11 +21,15 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$("$PWD/.venv/bin/python" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 
-srun --nodes=1 --ntasks=1 --nodelist="$head" \
+srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist="$head" \
 	"$ray" start --head --node-ip-address="$head" --port="$port" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
-until "$ray" status --address "$head:$port" > /dev/null 2>&1; do sleep 2; done
+until "$ray" status --address "$head:$port" > /dev/null 2>&1; do
+	kill -0 $! || exit 1
+	sleep 2
+done
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-	srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" \
+	srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) \
+		--cpus-per-task="$SLURM_CPUS_PER_TASK" --exclude="$head" \
 		"$ray" start --address="$head:$port" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
 fi
 

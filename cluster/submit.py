@@ -10,17 +10,27 @@ import os
 import shlex
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from pipeline.config import read_settings
 from pipeline.stage import CODE, NOT_CODE
 
 DASHBOARD = "http://127.0.0.1:8265"
 POLL_S = 2.0
-PATHS = ("run_dir", "model.path", "read.paths", "evaluate.questions", "evaluate.unrelated", "publish.registry")
+PATHS = (
+    "run_dir",
+    "corpora",
+    "model.path",
+    "read.paths",
+    "update.previous_run",
+    "evaluate.questions",
+    "evaluate.unrelated",
+    "evaluate.embedding_model",
+    "publish.registry",
+)
 
 
 def submit(config: str, overrides: list[str], address: str | None, stop_on_interrupt: bool = False) -> int:
@@ -30,7 +40,7 @@ def submit(config: str, overrides: list[str], address: str | None, stop_on_inter
         raise ValueError(
             f"{config} does not travel to the cluster: only what is in {CODE}, without {', '.join(NOT_CODE)}; move it"
         )
-    refuse_relative_paths(tomllib.loads(path.read_text(encoding="utf-8")), overrides)
+    refuse_relative_paths(read_settings(path, overrides))
     client = connect(address)
     command = ["python", "-m", "pipeline", "run", str(path.relative_to(CODE)), *overrides]
     job = client.submit_job(
@@ -66,12 +76,11 @@ def connect(address: str | None) -> JobSubmissionClient:
         ) from None
 
 
-def refuse_relative_paths(data: dict[str, Any], overrides: list[str]) -> None:
+def refuse_relative_paths(data: dict[str, Any]) -> None:
     """Raise ValueError for a path that would mean another place on the cluster than here."""
-    given = {key: value for key, _, value in (item.partition("=") for item in overrides)}
     for name in PATHS:
         section, _, key = name.rpartition(".")
-        value = given.get(name, (data.get(section, {}) if section else data).get(key))
+        value = (data.get(section, {}) if section else data).get(key)
         for path in value if isinstance(value, list) else [value]:
             if path and "://" not in path and not os.path.isabs(os.path.expanduser(path)):
                 raise ValueError(

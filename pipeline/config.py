@@ -82,7 +82,7 @@ class Model(Section):
     max_model_len: int = Field(default=2048, ge=256)
     """Longest prompt plus reply, in tokens."""
     engine: dict[str, Any] = {}
-    """Further vLLM engine arguments, passed on as they are; keys that we set ourselves are refused."""
+    """Further vLLM engine arguments, passed on as they are; keys that other settings decide are refused."""
 
     @model_validator(mode="after")
     def _refuse_own_engine_keys(self) -> "Model":
@@ -125,6 +125,8 @@ class Sampling(Section):
 class QuestionSection(Sampling):
     per_passage: int = Field(default=30, ge=1)
     """Quota of distinct, standalone questions for each passage, shared out over the kinds."""
+    per_sentence: int | None = Field(default=None, ge=1)
+    """Quota for each sentence of a passage, instead: where much is said, much is asked."""
     kinds: list[QuestionKind] = Field(default=list(QUESTION_KINDS), min_length=1)
     """Kinds of question to ask for."""
     per_call: int = Field(default=3, ge=1, le=20)
@@ -241,11 +243,15 @@ class Train(Section):
     seed: int = 0
     """Seed of the adapter's initial weights and the sample order."""
     deepspeed: dict[str, Any] = {}
-    """Further DeepSpeed settings, merged in as they are; keys that we set ourselves are refused."""
+    """Further DeepSpeed settings, merged in as they are; keys that other settings decide are refused."""
 
     @model_validator(mode="after")
     def _check(self) -> "Train":
         _refuse_keys("train.deepspeed", self.deepspeed, DEEPSPEED_KEYS_SET_HERE)
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization = {zero!r}; give a table")
+        _refuse_keys("train.deepspeed.zero_optimization", zero, frozenset(["stage"]))
         if self.batch_tokens < self.row_tokens:
             raise ValueError(
                 f"batch_tokens = {self.batch_tokens} is less than row_tokens = {self.row_tokens}; raise batch_tokens"
@@ -280,6 +286,8 @@ class Evaluate(Section):
     """Adapters to train for comparison: on the same answers with hard labels, and on the passages' raw text."""
     unrelated: Location | None = None
     """JSONL like `questions` about other matters, to see what the adapter does to them."""
+    retrieval: bool = True
+    """Ask with the passages that BM25 finds in the prompt, too; these are the longest prompts."""
     embedding_model: Location | None = None
     """Folder of a sentence-transformers model: retrieval by its embeddings becomes an arm, beside that by BM25."""
     judge: Judge | None = None
@@ -446,6 +454,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def load_configs(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Config]:
     """Like `load_config`, for every corpus by its name; a file without `corpora` is for a single one, named ""."""
+    data = read_settings(path, overrides)
+    try:
+        configs = {name: Config.model_validate(_fill_in(data, name)) for name in _corpora(data)}
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {line}" for line in _describe(error))) from None
+    if any(len({str(getattr(config, name)) for config in configs.values()}) > 1 for name in ("model", "cluster")):
+        raise ValueError(f"{path}: {CORPUS} may not stand in [model] or [cluster], which the corpora share; remove it")
+    return configs
+
+
+def read_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a TOML file and apply overrides, without checking what they set."""
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -454,10 +474,7 @@ def load_configs(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) 
         raise ValueError(f"config file {path} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(data, override)
-    try:
-        return {name: Config.model_validate(_fill_in(data, name)) for name in _corpora(data)}
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in _describe(error))) from None
+    return data
 
 
 def _corpora(data: dict[str, Any]) -> list[str]:
@@ -519,6 +536,6 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     section: type[BaseModel] = Config
     for name in location:
         annotation = section.model_fields[str(name)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel), location
-        section = annotation
+        parts = (annotation, *get_args(annotation))  # a section, or one that may be unset
+        section = next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
     return list(section.model_fields)

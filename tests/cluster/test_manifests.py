@@ -39,6 +39,7 @@ def test_a_manifest_says_what_every_cluster_must(path: Path) -> None:
         assert container["resources"]["limits"] == container["resources"]["requests"]
         mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
         assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
+        assert "models" in mounted, "drivers run on the head and read the model's digests"
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)

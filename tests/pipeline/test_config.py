@@ -51,6 +51,11 @@ def test_a_complete_file(path: Path) -> None:
         ("trian.epochs=1", "trian = {'epochs': 1}: unknown key; did you mean 'train'?"),
         ("train.lora.rnak=8", "train.lora.rnak = 8: unknown key; did you mean 'rank'?"),
         ("chunk.zzz=1", "chunk.zzz = 1: unknown key; remove it"),
+        ("evaluate.judge.modle=x", "evaluate.judge.modle = 'x': unknown key; did you mean 'model'?"),
+        (
+            "train.deepspeed.zero_optimization.stage=3",
+            "train: train.deepspeed.zero_optimization may not set stage: other settings decide it",
+        ),
         ("chunk.max_tokens=many", "chunk.max_tokens = 'many': Input should be a valid integer"),
         ("chunk.max_tokens='64'", "chunk.max_tokens = '64': Input should be a valid integer"),
         ("chunk.max_tokens=64.5", "chunk.max_tokens = 64.5: Input should be a valid integer"),

@@ -43,6 +43,17 @@ def test_corpora_do_not_share_a_run_or_an_adapter(tmp_path: Path, shared: dict[s
         load_configs(write_config(tmp_path, **shared))
 
 
+def test_corpora_share_the_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"may not stand in \[model\]"):
+        load_configs(write_config(tmp_path), ["model.path=models/{corpus}"])
+
+
+def test_hidden_folders_are_no_corpora(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    (tmp_path / "corpora" / ".ipynb_checkpoints").mkdir()
+    assert list(load_configs(path)) == ["bakery", "mill"]
+
+
 def test_a_folder_without_corpora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"corpora = .* has no folders"):
         load_configs(write_config(tmp_path), [f"corpora={tmp_path}/corpora/mill"])

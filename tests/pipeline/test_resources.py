@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.raylets import ENGINE, local_cluster, until
 from cluster.submit import refuse_relative_paths, submit
-from pipeline.config import Config
+from pipeline.config import Config, read_settings
 from pipeline.resources import demands, has_labels, model_fits, unmet
 from pipeline.schema import PASSAGE
 from pipeline.store import Stage
@@ -162,7 +162,7 @@ def test_a_config_that_would_stay_behind_is_refused(tmp_path: Path, inside: str 
 
 
 def test_paths_must_mean_the_same_on_every_node() -> None:
-    refuse_relative_paths(tomllib.loads(GOOD), [])
+    refuse_relative_paths(tomllib.loads(GOOD))
     for field, text in {
         "run_dir": GOOD.replace("s3://bucket/run", "runs/a"),
         "model.path": GOOD.replace("/models/a", "models/a"),
@@ -170,7 +170,13 @@ def test_paths_must_mean_the_same_on_every_node() -> None:
         "publish.registry": GOOD.replace("s3://bucket/registry", "./registry"),
     }.items():
         with pytest.raises(ValueError, match=f"{field} = .* is relative"):
-            refuse_relative_paths(tomllib.loads(text), [])
-    with pytest.raises(ValueError, match=r"run_dir = 'here' is relative"):
-        refuse_relative_paths(tomllib.loads(GOOD), ["run_dir=here"])
-    refuse_relative_paths(tomllib.loads(GOOD.replace("s3://bucket/run", "runs/a")), ["run_dir=s3://bucket/run"])
+            refuse_relative_paths(tomllib.loads(text))
+
+
+def test_overrides_count_among_the_paths_of_a_job(tmp_path: Path) -> None:
+    config = tmp_path / "corpus.toml"
+    config.write_text(GOOD)
+    refuse_relative_paths(read_settings(config, ['read.paths=["/data/docs", "s3://bucket/faq"]']))
+    for override in ("run_dir=here", 'read.paths=["s3://bucket/faq", "docs"]', "update.previous_run=runs/a"):
+        with pytest.raises(ValueError, match="is relative"):
+            refuse_relative_paths(read_settings(config, [override]))
