@@ -1,33 +1,27 @@
 """Which settings matter? One at a time around a config, on the same questions, with several seeds of the training.
 
-    python -m benchmarks.ablations CONFIG [section.key=value ...] --name NAME --vary train.lora.rank=8,128 [--vary ...]
+    python -m benchmarks.ablations CONFIG [KEY=VALUE ...] [--name NAME] --vary train.lora.rank=8,128 [--vary ...]
 
 The config's passages, questions and answers are written once. Every variation starts from a copy of them, in which only
 the stages that its setting decides are done again. Stopped, it goes on where it was. What limits it: how many questions
 there are, and the spread over the seeds, which are those of the first weights and of the order of the samples.
 """
 
-import argparse
-import shutil
 import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.record import claim, run_pipeline, save, spread
-from benchmarks.teachers import WRITTEN
+from benchmarks.record import claim, config_parser, run_branch, save, spread, write_once
 from pipeline.config import load_config
 
 AS_GIVEN = "as given"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--name", required=True, help="name of the result file")
+    parser = config_parser(__doc__)
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help="a setting to vary")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, default=2, help="so many seeds of the training")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     changes = [AS_GIVEN]
@@ -36,16 +30,14 @@ def main() -> int:
         changes += [f"{key}={value}" for value in values.split(",")]
     for change in changes[1:]:  # a wrong one now, not after hours
         load_config(options.config, [*options.overrides, change])
-    for stage in ("read", "chunk", "write", "filter"):
-        run_pipeline(stage, options.config, *options.overrides)
-    written = Path(config.run_dir)
+    write_once(options.config, options.overrides)
     runs: dict[str, list[dict[str, Any]]] = {}
-    print(f"{'setting':30} {'gap closed':>22} {'substring':>9} {'KL teacher':>10} {'KL base':>8} {'train s':>8}")
+    print_head()
     for change in changes:
         own = [] if change == AS_GIVEN else [change]
         runs[change] = [
-            figures(options.config, [*options.overrides, *own, f"train.seed={seed}"], written, f"{change}-{seed}")
-            for seed in options.seeds
+            figures(run_branch(options.config, options.overrides, change, *own, seed=seed)[1])
+            for seed in range(options.seeds)
         ]
         print_row(change, runs[change])
     save(
@@ -62,14 +54,8 @@ def main() -> int:
     return 0
 
 
-def figures(config: str, overrides: list[str], written: Path, name: str) -> dict[str, Any]:
-    """Run one variation in a folder of its own; return what is compared."""
-    run_dir = written.with_name(f"{written.name}-ablations") / name
-    for stage in WRITTEN:
-        if not (run_dir / stage).exists():
-            shutil.copytree(written / stage, run_dir / stage)
-    own = [f"run_dir={run_dir}", f"publish.registry={run_dir}/registry", "--redo", "--force", "an ablation"]
-    run = run_pipeline("run", config, *overrides, *own)
+def figures(run: dict[str, Any]) -> dict[str, Any]:
+    """Return what is compared of a run's summary."""
     return {
         "gap_closed": run["gap_closed"],
         "substring_match": run["scores"]["adapter"]["substring_match"],
@@ -83,6 +69,10 @@ def figures(config: str, overrides: list[str], written: Path, name: str) -> dict
         "train_tokens": run["training"]["tokens"],
         "train_seconds": run["training"]["seconds"],
     }
+
+
+def print_head() -> None:
+    print(f"{'setting':30} {'gap closed':>22} {'substring':>9} {'KL teacher':>10} {'KL base':>8} {'train s':>8}")
 
 
 def print_row(change: str, runs: list[dict[str, Any]]) -> None:

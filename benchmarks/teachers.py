@@ -1,48 +1,33 @@
 """Does the stored top-k teach as well as the exact teacher, and better than hard labels?
 
-    python -m benchmarks.teachers CONFIG [section.key=value ...] --name NAME [--teachers stored online sft]
+    python -m benchmarks.teachers CONFIG [KEY=VALUE ...] [--name NAME] [--teachers stored online sft]
 
-Writes the answers once, trains one adapter per teacher on the same rows in the same order, and evaluates each; the
-config's own teacher in its own run directory, the others in copies beside it. What limits the comparison: the tail mass
-that k values leave out, and the width of the intervals on so many questions. The loss of `stored` is a lower bound of
-that of `online` for the same adapter; `sft` has another loss, so only its scores compare.
+Writes the answers once, trains one adapter per teacher on the same rows in the same order, and evaluates each. What
+limits the comparison: the tail mass that k values leave out, and the width of the intervals on so many questions. The
+loss of `stored` is a lower bound of that of `online` for the same adapter; `sft` has another loss, so only its scores
+compare.
 """
 
-import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmarks.record import claim, run_pipeline, save
+from benchmarks.record import claim, config_parser, run_branch, save, write_once
 from pipeline.config import load_config
-
-WRITTEN = ("read", "dedup", "chunk", "question", "answer", "general", "filter")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--name", required=True, help="name of the result file")
+    parser = config_parser(__doc__)
     parser.add_argument("--teachers", nargs="+", default=["stored", "online"])
     options = parser.parse_intermixed_args()
-    for stage in ("read", "chunk", "write", "filter"):
-        run_pipeline(stage, options.config, *options.overrides)
     config = load_config(options.config, options.overrides)
-    written = Path(config.run_dir)
+    write_once(options.config, options.overrides)
     runs, curves = {}, {}
     for teacher in options.teachers:
-        run_dir, own = written, list(options.overrides)
-        if teacher != config.train.teacher:
-            run_dir = written.with_name(f"{written.name}-{teacher}")
-            for stage in WRITTEN:
-                shutil.copytree(written / stage, run_dir / stage, dirs_exist_ok=True)
-            own += [f"run_dir={run_dir}", f"train.teacher={teacher}", f"publish.registry={run_dir}/registry"]
-        runs[teacher] = run_pipeline("run", options.config, *own)
+        run_dir, run = run_branch(options.config, options.overrides, teacher, f"train.teacher={teacher}")
+        runs[teacher] = run
         history = json.loads((run_dir / "train" / "history.json").read_text())
         curves[teacher] = [round(step["loss"], 4) for step in history]
     print(f"{'teacher':8} {'last loss':>9} {'KL held out':>11} {'substring':>9} {'F1':>6} {'gap':>6} {'tokens/s':>8}")
@@ -61,15 +46,17 @@ def main() -> int:
             claim("loss_correlation", round(correlation, 4), 0.95),
             claim("gap_over_online", round(share, 3), 0.9),
         ]
-    result: dict[str, Any] = {
-        "benchmark": "teachers",
-        "model": Path(config.model.path).name,
-        "settings": config.model_dump(include={"question", "answer", "train"}),
-        "runs": {teacher: {k: v for k, v in run.items() if k != "adapter"} for teacher, run in runs.items()},
-        "loss_curves": curves,
-        "claims": claims,
-    }
-    save(options.name, result)
+    save(
+        options.name,
+        {
+            "benchmark": "teachers",
+            "model": Path(config.model.path).name,
+            "settings": config.model_dump(include={"question", "answer", "train"}),
+            "runs": {teacher: {k: v for k, v in run.items() if k != "adapter"} for teacher, run in runs.items()},
+            "loss_curves": curves,
+            "claims": claims,
+        },
+    )
     return 0
 
 

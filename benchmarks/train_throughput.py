@@ -1,6 +1,6 @@
 """How fast is a distillation step, and how much memory does it take?
 
-    python -m benchmarks.train_throughput CONFIG [section.key=value ...] [--quick] [--name NAME]
+    python -m benchmarks.train_throughput CONFIG [KEY=VALUE ...] [--quick] [--name NAME]
 
 Every arm is a process that takes the same optimiser steps over the same stored answers, with the same LoRA in bf16:
 
@@ -224,7 +224,7 @@ def train_trl(config: Config, request: dict[str, Any]) -> dict[str, Any]:
 
     from pipeline.engine import load_tokenizer
     from pipeline.student import add_adapter, load_base
-    from pipeline.train_loop import training_tables
+    from pipeline.training_data import training_tables
 
     torch.set_num_threads(config.cluster.worker_cpus)
     torch.manual_seed(config.train.seed)

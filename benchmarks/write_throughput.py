@@ -1,6 +1,6 @@
 """How many answer tokens a second does the pipeline write, top-k captured and stored, against the bare engine?
 
-    python -m benchmarks.write_throughput CONFIG [section.key=value ...] [--quick] [--name NAME]
+    python -m benchmarks.write_throughput CONFIG [KEY=VALUE ...] [--quick] [--name NAME]
 
 The run's stored questions are answered again, each arm in a process of its own, with the same engine settings:
 

@@ -1,4 +1,4 @@
-"""Benchmarks in quick mode: the store's, and the one of four raylets; the others start engines and trainers."""
+"""Benchmarks at their smallest: each runs to its closing line, and saves nothing unless it is given a name."""
 
 import json
 import subprocess
@@ -55,7 +55,7 @@ def write_stages(run_dir: Path) -> None:
     for name, (schema, table) in tables.items():
         stage = Stage(str(run_dir), name, schema)
         stage.open({"model": load_base_model(str(MODEL)).identity()})
-        stage.commit("0", [table], [], table.num_rows)
+        stage.commit("0" if name == "chunk" else "0-00000", [table], [], table.num_rows)
         stage.close(0)
 
 
@@ -83,6 +83,76 @@ def test_store_size(config: Path) -> None:
     assert claims["loss_relative_error.k20"]["met"]
     assert claims["loss_relative_error.k64"]["met"]
     assert claims["bytes_per_token"]["value"] > TOP_K * 2
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The demo with so little of everything that a run takes a minute; its writing is shared."""
+    folder = tmp_path_factory.mktemp("demo")
+    return [
+        "benchmarks/demo/demo.toml",
+        f"run_dir={folder}/run",
+        f"publish.registry={folder}/registry",
+        "question.per_passage=2",
+        "question.max_rounds=1",
+        "answer.max_tokens=24",
+        "filter.keep_unfinished=true",
+        "general.prompts=4",
+        "general.held_out=4",
+        "general.max_tokens=24",
+        "train.epochs=1",
+        "train.lora.rank=4",
+        "evaluate.max_questions=12",
+        "evaluate.max_tokens=24",
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "claimed"),
+    [
+        (["ablations", "--vary", "train.lora.rank=8", "--seeds", "1"], {"given train.lora.rank over best"}),
+        (["teachers", "--teachers", "stored"], set()),
+        (
+            ["quality_per_compute", "--epochs", "1", "2", "--seeds", "1"],
+            {"gap_closed_over_sft_at_equal_seconds", "seconds_to_the_best_of_sft"},
+        ),
+        (
+            ["growth", "--k", "4", "8", "--rank", "4", "8"],
+            {"slope.passages.answer_s", "slope.k.answer_bytes_per_token"},
+        ),
+        (["injection_quality"], {"gap_closed", "adapter_retrieval_over_retrieval"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_benchmarks_of_a_config(demo: list[str], arguments: list[str], claimed: set[str]) -> None:
+    benchmark, *options = arguments
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *demo, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["result"] is None
+    assert claimed <= {claim["name"] for claim in last["claims"]}
+
+
+@pytest.mark.long
+def test_update(demo: list[str], tmp_path: Path) -> None:
+    """Of three passages, one is changed: its questions alone are written, and the old adapter is asked, too."""
+    data = tmp_path / "data.jsonl"
+    texts = [f"Mill number {i} stands at Arden and has {i + 20} wheels of oak and elm." for i in range(4)]
+    rows = [
+        {"id": f"q{i}", "doc_id": f"d{i}", "context": text, "question": f"How many wheels has mill number {i}?"}
+        | {"answers": [str(i + 20)]}
+        for i, text in enumerate(texts)
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    places = [f"run_dir={tmp_path}/run", f"publish.registry={tmp_path}/registry"]
+    options = ["--data", str(data), "--passages", "3", "--changed", "1"]
+    command = [sys.executable, "-m", "benchmarks.update", *demo, *places, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    claims = {claim["name"]: claim["value"] for claim in json.loads(done.stdout.splitlines()[-1])["claims"]}
+    assert 0 < claims["share_of_written_tokens"] < 1
 
 
 @pytest.mark.long
