@@ -62,6 +62,8 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     from pipeline.stage import attempt, ray_session
 
     base = load_base_model(next(iter(configs.values())).model.path)
+    if command == "run":
+        _refuse_small_machine(next(iter(configs.values())))
     results = {name: attempt(partial(_prepare, config)) for name, config in configs.items()}
     with ray_session():
         for stage in STAGES if command == "run" else (command,):
@@ -78,6 +80,23 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     return results
 
 
+def _refuse_small_machine(config: Config) -> None:
+    """Raise ValueError if this machine, alone, has too little for a stage: Ray would wait for the rest in silence."""
+    from pipeline.resources import demands, unmet
+
+    cluster = config.cluster
+    if cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    resources = {"CPU": max(os.cpu_count() or 1, cluster.engine_cpus, cluster.worker_cpus)}
+    if cluster.engine_gpus or cluster.worker_gpus:
+        import torch
+
+        resources["GPU"] = torch.cuda.device_count()
+    machine = {"Resources": resources, "Labels": {}}
+    if missing := [text for demand in demands(config) if (text := unmet(demand, [machine]))]:
+        raise ValueError("; ".join(missing))
+
+
 def _prepare(config: Config) -> None:
     from pipeline.held_out import load_questions, read_questions
     from pipeline.store import Folder
@@ -85,9 +104,15 @@ def _prepare(config: Config) -> None:
     model = config.evaluate.embedding_model
     if model and not os.path.isdir(model):
         raise ValueError(f"evaluate.embedding_model = {model!r}: no such folder; give a sentence-transformers model's")
+    judge = config.evaluate.judge
+    if judge and judge.model and not judge.url and not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError("evaluate.judge.model needs OPENAI_API_KEY in the environment, or evaluate.judge.url; set one")
     load_questions(config.evaluate)
     read_questions("evaluate.unrelated", config.evaluate.unrelated)
-    Folder(config.run_dir).write_json("config.json", config.model_dump())
+    try:
+        Folder(config.run_dir).write_json("config.json", config.model_dump())
+    except OSError as error:
+        raise ValueError(f"run_dir = {config.run_dir!r}: cannot be written ({error})") from None
 
 
 def _stage(name: str, options: argparse.Namespace) -> Callable[[list[Config], Any, bool], list[Any]]:

@@ -4,11 +4,14 @@ In: the stored answers, the config, the base model. Out: nothing, or a `ValueErr
 A student trained on shifted or foreign targets has a normal loss curve, so this is checked and not hoped for.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.batch import AnswerData, Sample, pack, samples_of, topk_of
+from pipeline.batch import Sample, pack, samples_of, topk_of
 from pipeline.config import Config
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.loss import Labels
@@ -25,17 +28,15 @@ MAX_MEAN_DIFFERENCE = 0.2
 class TeacherPrompts:
     """The teacher's prompts of given answers, rendered from the stored passages and questions."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, units: Iterable[str]) -> None:
+        """Load the passages and questions of some units of the filter stage."""
         self.tokenizer = load_tokenizer(config.model.path)
         passages, questions = Stage(config.run_dir, "chunk", PASSAGE), Stage(config.run_dir, "question", QUESTION)
-        self._passages = {
-            row["passage_id"]: row for shard in passages.shards() for row in passages.read_shard(shard).to_pylist()
-        }
-        self._questions = {
-            row["question_id"]: row["text"]
-            for shard in questions.shards()
-            for row in questions.read_shard(shard).to_pylist()
-        }
+        self._passages: dict[str, dict[str, Any]] = {}
+        self._questions: dict[str, str] = {}
+        for unit in units:
+            self._passages |= {row["passage_id"]: row for row in passages.read_shard(f"{unit}.parquet").to_pylist()}
+            self._questions |= {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}
 
     def of(self, answers: pa.Table) -> list[np.ndarray]:
         """Return the prompt of every answer; general answers have no passage, so theirs is the student's."""
@@ -63,9 +64,11 @@ def check_alignment(config: Config, student: Student, device: torch.device) -> N
     model with the passage in its prompt does not give the stored log-probabilities.
     """
     filtered = Stage(config.run_dir, "filter", ANSWER)
-    data = AnswerData(map(filtered.read_shard, filtered.shards()))
-    answers = data.take(np.unique(np.linspace(0, len(data) - 1, NUM_CHECKED).astype(int)).tolist())
-    prompts = TeacherPrompts(config)
+    units = [unit.name for unit in filtered.units() if unit.rows_out]
+    units = [units[index] for index in spaced(len(units))]
+    data = pa.concat_tables(map(filtered.read_unit, units))
+    answers = data.take(spaced(len(data)))
+    prompts = TeacherPrompts(config, units)
     samples = samples_of(answers)
     for answer_id, sample, prompt in zip(
         answers["answer_id"].to_pylist(), samples, prompts.student_prompts(answers), strict=True
@@ -91,6 +94,11 @@ def check_alignment(config: Config, student: Student, device: torch.device) -> N
             f"{answers['answer_id'][owner]} at token {prompts.tokenizer.decode([int(ids[worst, 0])])!r}: stored "
             f"{logprobs[worst, 0]:.2f}, now {now[worst]:.2f}"
         )
+
+
+def spaced(count: int) -> list[int]:
+    """Return at most `NUM_CHECKED` indices, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, NUM_CHECKED).astype(int)).tolist()
 
 
 def check_mask(samples: list[Sample]) -> None:

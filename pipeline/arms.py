@@ -71,15 +71,15 @@ def search_all(tasks: list[Task]) -> list[Task]:
     return found
 
 
-def ask_all(tasks: list[Task]) -> list[Any]:
-    """Return the `Replies` to every task, or the ValueError."""
+def ask_all(tasks: list[Task], api_key: str) -> list[Any]:
+    """Return the `Replies` to every task, or the ValueError; a judge at an endpoint gets the key."""
     from pipeline.engine import Engine
 
     config = tasks[0].config
     folders = [folder for task in tasks for folder in task.adapters.values()]
     rank = max(folder.read_json("adapter_config.json")["r"] for folder in folders)
     engine = Engine(config.model, config.cluster, config.answer.top_k, rank)
-    return [attempt(partial(_ask_everything, engine, task)) for task in tasks]
+    return [attempt(partial(_ask_everything, engine, task, api_key)) for task in tasks]
 
 
 def _passages(config: Config) -> pa.Table:
@@ -88,7 +88,7 @@ def _passages(config: Config) -> pa.Table:
     return corpus_passages(Stage(config.run_dir, "dedup", DOCUMENT), Stage(config.run_dir, "chunk", PASSAGE))
 
 
-def _ask_everything(engine: Any, task: Task) -> Replies:
+def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     from pipeline.answer import answer_questions
     from pipeline.engine import render_chat
     from pipeline.retrieve import PassageIndex
@@ -119,8 +119,6 @@ def _ask_everything(engine: Any, task: Task) -> Replies:
     if rejected:
         raise ValueError(f"evaluate.questions: {len(rejected)} contexts are too long, the first: {rejected[0].detail}")
     plain = [student_chat(question.question) for question in questions]
-    hits = [[hit.passage for hit in index.search(q.question, config.serve.retrieval_passages)] for q in questions]
-    found = [retrieval_chat(q.question, passages) for q, passages in zip(questions, hits, strict=True)]
     general = [student_chat(row["question"]) for row in general_questions()]
     short = min(GENERAL_TOKENS, settings.max_tokens)
     others = [student_chat(question.question) for question in task.unrelated]
@@ -128,7 +126,11 @@ def _ask_everything(engine: Any, task: Task) -> Replies:
         local = {arm: source.copy_to(f"{folder}/{arm}") for arm, source in task.adapters.items()}
         both = (("closed_book", None), ("adapter", local["adapter"]))
         arms = {"closed_book": ask(plain, None)} | {arm: ask(plain, path) for arm, path in local.items()}
-        arms |= {"retrieval": ask(found, None), "adapter_retrieval": ask(found, local["adapter"])}
+        if config.evaluate.retrieval:
+            k = config.serve.retrieval_passages
+            hits = [[hit.passage for hit in index.search(question.question, k)] for question in questions]
+            found = [retrieval_chat(q.question, passages) for q, passages in zip(questions, hits, strict=True)]
+            arms |= {"retrieval": ask(found, None), "adapter_retrieval": ask(found, local["adapter"])}
         if task.nearest:
             near = [retrieval_chat(q.question, passages) for q, passages in zip(questions, task.nearest, strict=True)]
             arms["embedding_retrieval"] = ask(near, None)
@@ -141,7 +143,7 @@ def _ask_everything(engine: Any, task: Task) -> Replies:
             for arm, said in arms.items():
                 chats = [judge_chat(q.question, q.answers, r.text) for q, r in zip(questions, said, strict=True)]
                 if judge.model:
-                    graded = _grade_remotely(judge, chats)
+                    graded = _grade_remotely(judge, chats, api_key)
                 else:
                     graded = [reply.text for reply in ask(chats, None, judge.max_tokens)]
                 grades[arm] = list(map(parse_grade, graded))
@@ -168,13 +170,13 @@ def _confidence(logprobs: np.ndarray) -> float:
     return float(np.exp(logprobs.mean())) if len(logprobs) else 0.0
 
 
-def _grade_remotely(judge: Judge, chats: list[Any]) -> list[str]:
+def _grade_remotely(judge: Judge, chats: list[Any], api_key: str) -> list[str]:
     """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while."""
     from concurrent.futures import ThreadPoolExecutor
 
     import openai
 
-    client = openai.OpenAI(base_url=judge.url, max_retries=5)
+    client = openai.OpenAI(base_url=judge.url, api_key=api_key, max_retries=5)
 
     def grade(chat: Any) -> str:
         done = client.chat.completions.create(

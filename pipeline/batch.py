@@ -144,7 +144,7 @@ def plan_run(
 
 
 def plan_epoch(lengths: np.ndarray, batch_tokens: int, row_tokens: int, seed: int) -> list[Step]:
-    """Shuffle the samples, pack them best-fit into rows of `row_tokens`, and group the rows into steps.
+    """Shuffle the samples, pack them best-fit into rows of `row_tokens`, and group the rows into steps; none give none.
 
     A sample longer than a row gets a row of its own and counts for as many rows as it needs.
     """
@@ -174,7 +174,7 @@ def plan_epoch(lengths: np.ndarray, batch_tokens: int, row_tokens: int, seed: in
             weight = 0
         steps[-1].append(row)
         weight += needed
-    return steps
+    return steps if done else []
 
 
 def rows_in_order(samples: Sequence[Sample], row_tokens: int) -> list[int]:

@@ -7,6 +7,7 @@ give, too.
 """
 
 import json
+import os
 import sys
 import time
 from functools import partial
@@ -76,7 +77,8 @@ def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False
 
         if configs[0].evaluate.embedding_model:
             tasks = dict(zip(tasks, call(search_all, worker, list(tasks.values())), strict=True))
-        replies: list[Any] = call(ask_all, engine, list(tasks.values()))
+        api_key = os.environ.get("OPENAI_API_KEY", "none")  # the driver's: nodes have an environment of their own
+        replies: list[Any] = call(ask_all, engine, list(tasks.values()), api_key)
         measured: list[Any] = call(_measure_all, worker, list(tasks.values()), base.path, replies)
         seconds = (time.monotonic() - started) / len(tasks)
         for (number, task), said, found in zip(tasks.items(), replies, measured, strict=True):

@@ -44,22 +44,30 @@ def read_questions(field: str, uri: str | None, limit: int | None = None) -> lis
     filesystem, path = open_uri(uri)
     try:
         with filesystem.open_input_stream(path) as stream:
-            lines = stream.read().decode("utf-8").splitlines()
+            lines = stream.read().splitlines()
     except FileNotFoundError:
         raise ValueError(f"{field} = {uri!r}: no such file") from None
-    questions = []
+    except OSError as error:
+        raise ValueError(f"{field} = {uri!r}: cannot be read ({error})") from None
+    questions: dict[str, TestQuestion] = {}
     for number, line in enumerate(lines[:limit], 1):
         where = f"{field} = {uri!r}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not a JSON object")
         for name, kind in (("question", str), ("answers", list), ("context", str)):
             if not isinstance(row.get(name), kind) or not row[name]:
                 raise ValueError(f"{where}: {name!r} must be a {kind.__name__} that is not empty")
+        if not all(isinstance(answer, str) for answer in row["answers"]):
+            raise ValueError(f"{where}: 'answers' must hold strings only")
         name = str(row.get("id", number))
-        questions.append(TestQuestion(name, row["question"], row["answers"], row["context"], str(row.get("kind", ""))))
-    return questions
+        if name in questions:
+            raise ValueError(f"{where}: another line has the id {name!r}, too")
+        questions[name] = TestQuestion(name, row["question"], row["answers"], row["context"], str(row.get("kind", "")))
+    return list(questions.values())
 
 
 class HeldOut(NamedTuple):

@@ -33,11 +33,11 @@ def measure_adapters(config: Config, base_path: str, gold: pa.Table, adapters: d
     general = stage.read_unit(HELD_OUT) if HELD_OUT in stage.committed() else ANSWER.empty_table()
     to_teacher, to_base, probe = {}, {}, {}
     for arm, source in adapters.items():
+        scorer = None  # frees the last one's memory
         with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-            local = source.copy_to(folder)
-            scorer = KlScorer(config.train, base_path, config.cluster.worker_cpus, local)
-            if arm == "adapter":
-                probe = asdict(_record_probe(config, base_path, local))
+            scorer = KlScorer(config.train, base_path, config.cluster.worker_cpus, source.copy_to(folder))
+        if arm == "adapter":
+            probe = asdict(_record_probe(config, scorer.model))
         if len(gold):
             if not to_teacher:
                 to_teacher["closed_book"] = _mean(scorer.initial_kl(gold), gold)
@@ -53,7 +53,7 @@ def _mean(kl: np.ndarray, answers: pa.Table) -> float:
     return float(np.average(kl, weights=tokens))
 
 
-def _record_probe(config: Config, base_path: str, adapter: str) -> Probe:
+def _record_probe(config: Config, model: Any) -> Probe:
     """Record the adapter's greedy answer to the training question where it differs most from the base model's."""
     from pipeline.student import greedy_replies
 
@@ -62,7 +62,7 @@ def _record_probe(config: Config, base_path: str, adapter: str) -> Probe:
     asked = answers.read_unit(unit).select(["question_id", "prompt_ids"]).slice(0, PROBE_QUESTIONS).to_pylist()
     texts = {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}
     prompts = [row["prompt_ids"] for row in asked]
-    replies = greedy_replies(config.cluster.worker_cpus, base_path, adapter, prompts, PROBE_TOKENS)
+    replies = greedy_replies(model, prompts, PROBE_TOKENS)
     differing = [number for number, reply in enumerate(replies) if reply.adapter_ids != reply.base_ids]
     best = max(differing or range(len(replies)), key=lambda number: replies[number].margin)
     return Probe(texts[asked[best]["question_id"]], prompts[best], replies[best].adapter_ids)

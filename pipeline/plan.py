@@ -117,7 +117,7 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
     others = len(general_questions()) + len(read_questions("evaluate.unrelated", settings.unrelated))
     answers = written["answer"]["rows_out"]
     prompt, reply = (written["answer"]["stats"][name] / answers for name in ("prompt_tokens", "output_tokens"))
-    retrievals = 2 + bool(settings.embedding_model)
+    retrievals = 2 * settings.retrieval + bool(settings.embedding_model)
     passages = asked * (1 + retrievals * config.serve.retrieval_passages)
     replies = asked * (3 + retrievals + len(settings.baselines)) + 2 * others
     return per_read * prompt * passages + per_written * reply * replies

@@ -23,6 +23,7 @@ from typing import Any
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, AdapterManifest, Probe, digest
+from pipeline.status import require_evaluation
 from pipeline.store import Folder, Stage
 
 ALIAS = "live.json"
@@ -37,7 +38,7 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     published all the same; who forced it, why and past what then stands in the manifest.
     """
     trained = Stage(config.run_dir, "train", ANSWER).require()
-    evaluated = Stage(config.run_dir, "evaluate", ANSWER).require()
+    evaluated = require_evaluation(config)
     failed = check_gate(evaluated, config.publish.gate)
     if failed and force is None:
         raise ValueError(

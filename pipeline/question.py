@@ -120,11 +120,13 @@ class _Quota:
     def __init__(self, passage: dict[str, Any], settings: QuestionSection) -> None:
         self._passage = passage
         self._settings = settings
-        share, rest = divmod(settings.per_passage, len(settings.kinds))
+        self._sentences = sentences(passage["text"])
+        per_sentence = settings.per_sentence
+        self._wanted = per_sentence * len(self._sentences) if per_sentence else settings.per_passage
+        share, rest = divmod(self._wanted, len(settings.kinds))
         self._open: dict[QuestionKind, int] = {
             kind: share + (index < rest) for index, kind in enumerate(settings.kinds)
         }
-        self._sentences = sentences(passage["text"])
         self._asked = Counter[QuestionKind]()
         self._seen: set[str] = set()
         self.questions: list[Question] = []
@@ -132,7 +134,7 @@ class _Quota:
 
     @property
     def is_full(self) -> bool:
-        return len(self.questions) == self._settings.per_passage
+        return len(self.questions) == self._wanted
 
     def open_calls(self, round_: int) -> list[Call]:
         return [

@@ -152,7 +152,14 @@ def run_stages(jobs: list[Job], actors: Actors, redo: bool = False) -> list[Any]
     earlier one wrote. It is an error if a stage was made with other settings, or if it rejects too large a share of its
     rows; the other stages are completed all the same.
     """
-    outcomes = [attempt(partial(job.stage.open, job.settings, redo)) for job in jobs]
+    outcomes: list[Any] = []
+    refused: dict[str, ValueError] = {}  # by run: what is built on a refused stage is not done either
+    for job in jobs:
+        run_dir = job.stage.run_dir
+        outcome = refused.get(run_dir) or attempt(partial(job.stage.open, job.settings, redo))
+        if isinstance(outcome, ValueError):
+            refused[run_dir] = outcome
+        outcomes.append(outcome)
     opened = {number: jobs[number] for number, outcome in enumerate(outcomes) if outcome is True}
     for job, outcome in zip(jobs, outcomes, strict=True):
         if outcome is False:
@@ -259,7 +266,11 @@ def _map_work(work: list[str], jobs: list[Job], actors: Actors) -> Iterator[int]
     except ray.exceptions.RayActorError as error:
         # Pieces are begun in order, and the others went on meanwhile: one that kills its actors is the first left.
         begun = ((jobs[job].stage, unit["name"]) for job, unit in map(json.loads, "".join(work).splitlines()))
-        stage, name = next((stage, name) for stage, name in begun if stage.find_unit(name) is None)
+        stage, name = next(((stage, name) for stage, name in begun if stage.find_unit(name) is None), (None, None))
+        if stage is None:
+            raise
+        if error.actor_init_failed:
+            raise ValueError(f"stage {stage.name}: its actors cannot start: {str(error).splitlines()[-1]}") from error
         raise ValueError(
             f"stage {stage.name}: actors died {MAX_DEATHS + 1} times over the same work, most likely unit {name} of "
             f"{stage.folder}; Ray's log says why (often memory: give actors less to do at once, or larger nodes). "

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.score import ARMS
-from pipeline.store import Stage
+from pipeline.store import Folder, Stage
 
 SCHEMAS = {
     "read": DOCUMENT,
@@ -63,11 +63,22 @@ def read_status(config: Config) -> dict[str, Any]:
     return {"run_dir": config.run_dir, "stages": stages}
 
 
+def require_evaluation(config: Config) -> dict[str, Any]:
+    """Return the manifest of the evaluation; ValueError if it is not of the adapter that is there now."""
+    stages = stages_of(config)
+    evaluated = stages["evaluate"].require()
+    if evaluated["settings"]["input"] != stages["train"].require()["data_digest"]:
+        raise ValueError(
+            f"the evaluation in {Folder(config.run_dir)} is of another adapter than the one trained last; evaluate it"
+        )
+    return evaluated
+
+
 def summarise(config: Config) -> dict[str, Any]:
     """Return the figures of a complete run that people compare."""
     manifests = {name: stage.require() for name, stage in stages_of(config).items()}
     question, answer, kept = manifests["question"], manifests["answer"], manifests["filter"]
-    stats, training, evaluation = answer["stats"], manifests["train"]["training"], manifests["evaluate"]
+    stats, training, evaluation = answer["stats"], manifests["train"]["training"], require_evaluation(config)
     scores = evaluation.get("scores", {})
     answer_tokens = max(1, stats["answer_tokens"])
     rejected: dict[str, dict[str, int]] = {n: m["rejected"] for n, m in manifests.items() if m["rejected"]}

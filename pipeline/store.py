@@ -12,6 +12,7 @@ a killed run redoes the units without a JSON file and touches no other.
     RUN/<stage>/manifest.json                settings, inputs and totals: the stage is complete
 """
 
+import errno
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_
 
 from pipeline.schema import REJECTED, Rejected, digest, to_table
 
+FORMAT = 1  # of a run directory; raise it when a folder that older code wrote cannot be gone on with
 READERS = 16  # requests for units' JSON at a time: a bucket takes tens of milliseconds for each
 SPLIT = "topk_logprobs.list.element"  # Parquet's name of the column that takes the most room
 
@@ -118,7 +120,7 @@ class Folder:
         filesystem, path = open_uri(self.uri)
         info = filesystem.get_file_info(f"{path}/{name}")
         if info.type != pafs.FileType.File:
-            raise FileNotFoundError(f"{self}/{name}")
+            raise FileNotFoundError(errno.ENOENT, "no such file", f"{self}/{name}")
         return info.size
 
     def write_json(self, name: str, value: Any) -> None:
@@ -133,10 +135,10 @@ class Folder:
 
     @_again
     def folders(self) -> list[str]:
-        """Return the sorted names of the folders in this folder."""
+        """Return the sorted names of the folders in this folder, without hidden ones."""
         filesystem, path = open_uri(self.uri)
         infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory and i.base_name[0] != ".")
 
     @_again
     def list(self) -> list[str]:
@@ -242,13 +244,12 @@ class Stage:
         found = (self.folder / "units").read_json(f"{name}.json")
         return found and Unit(**found)
 
-    def unit(self, name: str) -> Unit:
-        """Return one committed unit."""
-        return Unit(**(self.folder / "units").read_json(f"{name}.json"))
-
     def read_unit(self, name: str) -> pa.Table:
-        """Return all rows of one committed unit."""
-        return pa.concat_tables([self.schema.empty_table(), *map(self.read_shard, self.unit(name).shards)])
+        """Return all rows of one committed unit; ValueError if it is not committed."""
+        unit = self.find_unit(name)
+        if unit is None:
+            raise ValueError(f"stage {self.name} in {Folder(self.run_dir)} has no unit {name}; run it first")
+        return pa.concat_tables([self.schema.empty_table(), *map(self.read_shard, unit.shards)])
 
     def shards(self) -> list[str]:
         """Return the names of the committed shards, in order."""
@@ -285,26 +286,39 @@ class Stage:
         `settings` holds all that decides the stage's rows, its inputs' digests included. Raises ValueError that names
         the differing setting if the folder was begun with others; with `redo` it is emptied instead.
         """
-        begun = self.folder.read_json("settings.json")
-        settings = json.loads(json.dumps(settings))
+        begun, settings = self.folder.read_json("settings.json"), _as_json(settings)
         if begun is not None and begun != settings:
             if not redo:
                 raise ValueError(
                     f"stage {self.name} in {Folder(self.run_dir)} was made with other settings: "
                     f"{'; '.join(_differences(begun, settings))}. Restore them, choose another run_dir, or pass --redo"
                 )
-            self.folder.delete()
-            begun = None
-        if begun is None:
+            self._empty()
+        if begun != settings:
             self.folder.write_json("settings.json", settings)
         return self.manifest() is None
 
+    def _empty(self) -> None:
+        """Delete all but the settings, which say until then what this was; first what says that something is there."""
+        folder = self.folder
+        for name in folder.list():
+            if name != "settings.json":
+                folder.delete_file(name)
+        for name in sorted(folder.folders(), key="units".__ne__):
+            (folder / name).delete()
+
+    def is_complete(self, settings: dict[str, Any]) -> bool:
+        """Say whether the stage was completed with these settings."""
+        manifest = self.manifest()
+        return manifest is not None and manifest["settings"] == _as_json(settings)
+
     def copy_from(self, other: "Stage") -> None:
-        """Complete this stage with the data of another that is complete and has the same settings."""
-        for name in ("data", "rejected", "units", ""):
-            source, target = (stage.folder / name if name else stage.folder for stage in (other, self))
-            for file in sorted(source.list(), key="manifest.json".__eq__):
+        """Complete this stage, which is open, with the data of another that is complete and has the same settings."""
+        for name in ("data", "rejected", "units"):
+            source, target = other.folder / name, self.folder / name
+            for file in source.list():
                 target.write_bytes(file, source.read_bytes(file))
+        self.close(seconds=0.0)
 
     def totals(self) -> dict[str, Any]:
         """Add up the committed units; `data_digest` is that of the settings and of the data so far."""
@@ -344,6 +358,10 @@ class Stage:
         }
         self.folder.write_json("manifest.json", manifest)
         return manifest
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({**settings, "format": FORMAT}))
 
 
 def _differences(begun: Any, wanted: Any, name: str = "") -> Iterator[str]:

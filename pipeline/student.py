@@ -88,8 +88,8 @@ class KlScorer:
         if self._device.type == "cpu":
             torch.set_num_threads(num_threads)
         base = load_base(base_path)
-        model = PeftModel.from_pretrained(base, adapter) if adapter else add_adapter(base, train.lora, base_path)
-        self._student = Student(model, train.loss_chunk).to(self._device)
+        self.model = PeftModel.from_pretrained(base, adapter) if adapter else add_adapter(base, train.lora, base_path)
+        self._student = Student(self.model, train.loss_chunk).to(self._device)
         self._train = train
 
     def initial_kl(self, answers: pa.Table) -> np.ndarray:
@@ -123,14 +123,8 @@ class GreedyReply(NamedTuple):
     margin: float
 
 
-def greedy_replies(
-    num_threads: int, base_path: str, adapter: str, prompts: list[list[int]], max_tokens: int
-) -> list[GreedyReply]:
+def greedy_replies(model: PeftModel, prompts: list[list[int]], max_tokens: int) -> list[GreedyReply]:
     """Continue every prompt greedily with the adapter and without it, in plain PEFT on transformers: the oracle."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(num_threads)
-    model = PeftModel.from_pretrained(load_base(base_path), adapter).to(device).eval()
     replies = []
     for prompt in prompts:
         adapter_ids, margin = continue_greedily(model, prompt, max_tokens)

@@ -14,14 +14,11 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import deepspeed
 import numpy as np
-import pyarrow as pa
 import ray.train
 import ray.train.torch
 import safetensors.torch
@@ -39,16 +36,13 @@ from pipeline.align import TeacherPrompts, check_alignment
 from pipeline.base_model import BaseModel
 from pipeline.batch import AnswerData, Packed, Row, Sample, Step, pack, plan_run, rows_in_order, samples_of, topk_of
 from pipeline.config import Config
-from pipeline.engine import load_tokenizer
-from pipeline.general import FORGOTTEN, HELD_OUT
 from pipeline.loss import FullVocabulary, Labels, Signal, TopK
 from pipeline.metrics import record_progress
-from pipeline.previous import PreviousRun, split_rows
-from pipeline.prompts import titled
-from pipeline.schema import ANSWER, PASSAGE
+from pipeline.schema import ANSWER
 from pipeline.store import Stage
 from pipeline.student import Student, add_adapter, load_adapter, load_base
 from pipeline.train import PROGRESS_S, REFUSAL, adapter_of
+from pipeline.training_data import Groups, training_tables
 
 logger = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -76,11 +70,14 @@ class TrainLoop:
             torch.set_num_threads(config.cluster.worker_cpus)
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
         self.data = AnswerData(*training_tables(config))
-        self.teacher_prompts = TeacherPrompts(config) if self.settings.teacher == "online" else None
+        self.teacher_prompts = None
+        if self.settings.teacher == "online":
+            self.teacher_prompts = TeacherPrompts(config, Stage(config.run_dir, "filter", ANSWER).committed())
         settings = self.settings
+        new, removed, old, general = self.data.sizes
         self.plan = plan_run(
             self.data.lengths(),
-            self.data.sizes,
+            (new + removed, old, general),
             (config.update.replay_share, config.general.share),
             settings.epochs,
             settings.batch_tokens,
@@ -94,12 +91,13 @@ class TrainLoop:
             model.enable_input_require_grads()
         student = Student(model, self.settings.loss_chunk).to(self.device)
         self.is_refused = self._is_refused(config, student)
+        student.train()  # without it neither dropout nor gradient checkpointing does anything
         self.trainable = {name: value for name, value in student.named_parameters() if value.requires_grad}
         optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)
-        self.micro_batches = math.ceil(max(map(len, self.plan)) / self.world / self.settings.micro_rows)
+        self.micro_batches = math.ceil(max(map(len, self.plan), default=1) / self.world / self.settings.micro_rows)
         initialize: Any = deepspeed.initialize  # its annotations are narrower than what it takes
         self.engine, self.optimizer, _, self.scheduler = initialize(
             model=student,
@@ -142,12 +140,13 @@ class TrainLoop:
     def _deepspeed_config(self) -> dict[str, Any]:
         return {
             "bf16": {"enabled": True},
-            "zero_optimization": {"stage": self.settings.zero_stage},
             "gradient_clipping": self.settings.max_grad_norm,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.micro_batches,
             "steps_per_print": sys.maxsize,
             **self.settings.deepspeed,
+            "zero_optimization": self.settings.deepspeed.get("zero_optimization", {})
+            | {"stage": self.settings.zero_stage},
         }
 
     def run(self) -> None:
@@ -284,10 +283,10 @@ class TrainLoop:
                 "steps": self.position.step,
                 "tokens": self.position.tokens,
                 "seconds": round(self.position.seconds, 3),
-                "tokens_per_s": round(self.position.tokens / self.position.seconds, 1),
-                "first_loss": self.history[0]["loss"],
-                "last_loss": float(np.mean([entry["loss"] for entry in tail])),
-                "samples": len(self.data),
+                "tokens_per_s": round(self.position.tokens / max(self.position.seconds, 1e-9), 1),
+                "first_loss": self.history[0]["loss"] if self.history else None,
+                "last_loss": float(np.mean([entry["loss"] for entry in tail])) if tail else None,
+                "samples": dict(zip(Groups._fields, self.data.sizes, strict=True)),
             },
         )
 
@@ -308,51 +307,6 @@ def train_all(tasks: list[dict[str, Any]]) -> None:
                 raise
             logger.exception("%s failed", folder)
             folder.write_json(REFUSAL, f"training failed: {type(error).__name__}: {error}")
-
-
-def training_tables(config: Config) -> tuple[Iterator[pa.Table], Iterator[pa.Table], Iterator[pa.Table]]:
-    """Return what the corpus teaches that is new, what it taught a previous run already, and the general answers."""
-    if config.train.teacher == "raw_text":
-        passages = Stage(config.run_dir, "chunk", PASSAGE)
-        tokenizer = load_tokenizer(config.model.path)
-        new = (text_samples(passages.read_shard(shard), tokenizer) for shard in passages.shards())
-        return new, iter(()), _general_answers(config)
-    answers, forgotten = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, FORGOTTEN, ANSWER)
-    if config.update.previous_run is None:
-        return map(answers.read_shard, answers.shards()), iter(()), _general_answers(config)
-    removed = map(forgotten.read_shard, forgotten.shards() if config.update.forget_removed else [])
-    previous = PreviousRun(config.update.previous_run)
-    new = (new for new, _ in _split_answers(config, previous))
-    old = (old for _, old in _split_answers(config, previous))  # read again: one group is copied after the other
-    return chain(new, removed), old, _general_answers(config)
-
-
-def _split_answers(config: Config, previous: PreviousRun) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Yield the answers of every unit, those about new passages and those about what the previous run has, too."""
-    answers, passages = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "chunk", PASSAGE)
-    for unit in answers.units():
-        yield split_rows(answers.read_unit(unit.name), passages.read_shard(f"{unit.name}.parquet"), previous)
-
-
-def _general_answers(config: Config) -> Iterator[pa.Table]:
-    general = Stage(config.run_dir, "general", ANSWER)
-    for unit in general.units():
-        if unit.name != HELD_OUT:
-            yield from map(general.read_shard, unit.shards)
-
-
-def text_samples(passages: pa.Table, tokenizer: Any) -> pa.Table:
-    """Make every passage an ANSWER row without top-k: its first token is the prompt, the others are to be learnt."""
-    rows = []
-    for passage in passages.to_pylist():
-        text = titled(passage["text"], passage["heading"])
-        first, *others = tokenizer(text)["input_ids"]
-        rows.append(
-            {"prompt_ids": [first], "answer_ids": others, "topk_ids": [], "topk_logprobs": [], "text": text}
-            | dict.fromkeys(("answer_id", "question_id", "passage_id"), passage["passage_id"])
-            | {"finish_reason": "length"}
-        )
-    return pa.Table.from_pylist([row for row in rows if row["answer_ids"]], ANSWER)
 
 
 def _whole(tensor: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.general import FORGOTTEN, forgotten_job, general_job
 from pipeline.question import question_job
-from pipeline.schema import QUESTION
+from pipeline.schema import ANSWER
 from pipeline.stage import Actors, Job, attempt, run_stages
 from pipeline.store import Stage
 
@@ -23,9 +23,10 @@ PARTS = ("question", "answer", "general")
 def write(configs: list[Config], base: BaseModel, redo: bool = False, stages: tuple[str, ...] = PARTS) -> list[Any]:
     """Run the stages of several corpora; return for each its manifests by stage, or the ValueError.
 
-    The corpora share model and settings, so the general answers are written once, for the first, and copied.
+    The corpora share model and settings, so the general answers are written once, for the first, and copied; not even
+    once if a previous run has them.
     """
-    planned = [attempt(partial(_jobs, config, base, stages)) for config in configs]
+    planned = [attempt(partial(_jobs, config, base, redo, stages)) for config in configs]
     plans = [plan for plan in planned if not isinstance(plan, ValueError)]
     copies = [plan.pop("general") for plan in plans[1:] if "general" in plan]
     jobs = [job for plan in plans for job in plan.values()]
@@ -41,24 +42,37 @@ def write(configs: list[Config], base: BaseModel, redo: bool = False, stages: tu
         cluster.engine_labels,
     )
     outcomes = iter(run_stages(jobs, actors, redo))
-    for job in copies:
-        if job.stage.open(job.settings, redo):
-            job.stage.copy_from(plans[0]["general"].stage)
     results = []
     for plan in planned:
         if not isinstance(plan, ValueError):
             done = {name: next(outcomes) for name in plan}
+            if copies and plan is not plans[0]:
+                done["general"] = attempt(partial(_copy, copies.pop(0), plans[0]["general"].stage, redo))
             plan = next((error for error in done.values() if isinstance(error, ValueError)), done)
         results.append(plan)
     return results
 
 
-def _jobs(config: Config, base: BaseModel, stages: tuple[str, ...]) -> dict[str, Job]:
-    if "answer" in stages and "question" not in stages:
-        Stage(config.run_dir, "question", QUESTION).require()
+def _copy(job: Job, source: Stage, redo: bool) -> dict[str, Any]:
+    """Complete a job's stage with the rows of another corpus's, and return its manifest."""
+    if job.stage.open(job.settings, redo):
+        if not source.is_complete(job.settings):
+            raise ValueError(f"general answers were to be copied from {source.folder}, which failed; mend that first")
+        job.stage.copy_from(source)
+    return job.stage.require()
+
+
+def _jobs(config: Config, base: BaseModel, redo: bool, stages: tuple[str, ...]) -> dict[str, Job]:
     questions = question_job(config, base)
+    if "answer" in stages and "question" not in stages:
+        questions.stage.require()
+        questions.stage.open(questions.settings)  # refuses questions that were written with other settings
     jobs = {"question": questions, "answer": answer_job(config, base, questions), "general": general_job(config, base)}
     jobs = {name: jobs[name] for name in stages}
+    if config.update.previous_run is not None and "general" in stages:
+        previous, general = Stage(config.update.previous_run, "general", ANSWER), jobs["general"]
+        if previous.is_complete(general.settings) and general.stage.open(general.settings, redo):
+            general.stage.copy_from(previous)
     if config.update.forget_removed and "general" in stages:
         jobs[FORGOTTEN] = forgotten_job(config, base)
     return jobs

@@ -47,6 +47,11 @@ def test_general_samples_take_their_share_and_their_turns() -> None:
     assert counts[10:].max() == 1, "no sample comes again before all others of its group"
 
 
+def test_nothing_new_gives_no_steps() -> None:
+    assert plan_epoch(np.empty(0, int), batch_tokens=512, row_tokens=256, seed=0) == []
+    assert plan_run(np.full(30, 50), [0, 20, 10], [0.5, 0.2], epochs=3, batch_tokens=512, row_tokens=256, seed=0) == []
+
+
 def test_a_worker_without_work_has_a_batch_all_the_same() -> None:
     ids, logprobs = topk_of(ANSWER.empty_table(), len(pack([], []).answer_index))
     assert len(ids) == len(logprobs) == 0

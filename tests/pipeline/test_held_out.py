@@ -88,10 +88,16 @@ def test_near_questions_share_most_words() -> None:
         (json.dumps({"question": "Q?", "answers": ["a"]}), "line 2: 'context'"),
         (json.dumps({"question": "Q?", "answers": "a", "context": "c"}), "line 2: 'answers' must be a list"),
         (json.dumps({"question": "", "answers": ["a"], "context": "c"}), "line 2: 'question'"),
+        (json.dumps({"question": "Q?", "answers": [1931], "context": "c"}), "line 2: 'answers' must hold strings"),
+        (
+            json.dumps({"id": "1", "question": "Q?", "answers": ["a"], "context": "c"}),
+            "line 2: another line has the id",
+        ),
+        ('["Q?"]', "line 2: not a JSON object"),
     ],
 )
 def test_a_bad_question_file_names_line_and_field(tmp_path: Path, line: str, message: str) -> None:
-    good = json.dumps({"question": "Q?", "answers": ["a"], "context": "c"})
+    good = json.dumps({"question": "Q\u2028?", "answers": ["a"], "context": "c"}, ensure_ascii=False)
     path = tmp_path / "questions.jsonl"
     path.write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError, match=message):

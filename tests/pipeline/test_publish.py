@@ -1,11 +1,15 @@
-"""The gate: what an adapter must reach to be published."""
+"""The gate: what an adapter must reach to be published, and by whose evaluation."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.config import Gate
+from pipeline.config import Config, Gate
 from pipeline.publish import check_gate
+from pipeline.schema import ANSWER
+from pipeline.status import require_evaluation
+from pipeline.store import Stage
 
 GOOD: dict[str, Any] = {
     "gap_closed": 0.6,
@@ -48,6 +52,20 @@ def test_what_was_not_measured_or_is_not_asked_for_stops_nobody() -> None:
     assert check_gate(GOOD | {"gap_closed": None}, GATE) == []
     nothing = Gate(min_gap_closed=None, max_kl_to_base=None, max_general_loss=None, max_refusal_loss=None)
     assert check_gate(GOOD | {"gap_closed": -1.0}, nothing) == []
+
+
+def test_the_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    places = {"run_dir": str(tmp_path), "model": {"path": str(tmp_path)}, "read": {"paths": ["x"]}}
+    config = Config.model_validate(places | {"publish": {"registry": str(tmp_path), "name": "test"}})
+    train, evaluate = (Stage(str(tmp_path), name, ANSWER) for name in ("train", "evaluate"))
+    train.open({"epochs": 1})
+    evaluate.open({"input": train.close(0.0)["data_digest"]})
+    evaluate.close(0.0)
+    assert require_evaluation(config)["stage"] == "evaluate"
+    train.open({"epochs": 9}, redo=True)
+    train.close(0.0)
+    with pytest.raises(ValueError, match="another adapter"):
+        require_evaluation(config)
 
 
 def test_everything_that_fails_is_named() -> None:

@@ -17,6 +17,13 @@ def test_the_quota_is_shared_over_the_kinds_and_asked_for_in_calls() -> None:
     assert len({call.request_id(seed) for call in calls for seed in (0, 1)}) == 6
 
 
+def test_a_quota_by_sentences_grows_with_the_passage() -> None:
+    settings = SETTINGS.model_copy(update={"per_sentence": 3})
+    longer = PASSAGE | {"text": f"{PASSAGE['text']} Its wheel was lost in the flood of 1921."}
+    counts = [len(_Quota(passage, settings).open_calls(0)) for passage in (PASSAGE, longer)]
+    assert counts == [4, 5], "two sentences: 3 questions of each kind, in calls of 2; three: 5 and 4"
+
+
 def test_a_second_round_asks_only_for_what_is_missing_and_under_other_ids() -> None:
     quota = _Quota(PASSAGE, SETTINGS)
     first = quota.open_calls(0)

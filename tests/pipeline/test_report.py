@@ -97,8 +97,9 @@ def make_run(tmp_path: Path, report: dict[str, Any] | None, *overrides: str) -> 
         f'[publish]\nregistry = "registry"\nname = "mills"\n'
     )
     config = load_config(path, overrides)
-    for name, stage in stages_of(config).items():
-        stage.open({})
+    stages = stages_of(config)
+    for name, stage in stages.items():
+        stage.open({"input": stages["train"].require()["data_digest"]} if name == "evaluate" else {})
         reasons: list[Any] = ["off_passage", "off_passage", "unparsable"] if name == "question" else []
         rejected = [Rejected(name, str(number), reason, "") for number, reason in enumerate(reasons)]
         rows = [Document("d", f"/corpus/{HOSTILE}", HOSTILE, HOSTILE)] if stage.schema is DOCUMENT else []

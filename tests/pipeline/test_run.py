@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from benchmarks.raylets import DEADLINE_S
 from pipeline import status
-from pipeline.schema import ANSWER
+from pipeline.schema import ANSWER, QUESTION
 from pipeline.store import Stage
 from tests.pipeline.test_parse import BAD
 from tests.serve.conftest import endpoint
@@ -273,6 +273,33 @@ def test_a_second_run_is_up_to_date(finished: tuple[Path, dict, Path]) -> None:
     assert err.count("up to date") == 10
     assert again["scores"] == result["scores"] and again["adapter"] == result["adapter"]
     assert digests(folder) == before
+
+
+def test_an_update_writes_about_what_changed_alone(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
+    folder, _, config = finished
+    corpus = shutil.copytree(folder / "corpus", tmp_path / "corpus", symlinks=True)
+    (corpus / "loop").unlink()  # it leads to the corpus as it was
+    (corpus / "lens.html").write_text((DOCUMENTS["lens.html"] or "").replace("opened in 1962", "opened in 1971"))
+    shutil.copytree(folder / "registry", tmp_path / "registry")
+    settings = (
+        f"run_dir={tmp_path}/run",
+        f"read.paths=['{corpus}']",
+        f"publish.registry={tmp_path}/registry",
+        f"update.previous_run={folder}/run",
+        "update.forget_removed=true",
+        "evaluate.baselines=[]",
+        "evaluate.retrieval=false",
+    )
+    result, _ = finish(config, "run", *settings, "--force", "a test")
+    before, after = folder / "run", tmp_path / "run"
+    assert Stage(str(after), "question", QUESTION).require()["stats"]["passages"] == 1
+    kept = set(ids(before, "answer")) & set(ids(after, "answer"))
+    assert kept and kept < set(ids(after, "answer")) and kept < set(ids(before, "answer"))
+    assert Stage(str(after), "forgotten", ANSWER).require()["rows_out"] == len(set(ids(before, "answer")) - kept)
+    general = Stage(str(after), "general", ANSWER).require()
+    assert general["seconds"] == 0, "general answers were written again"
+    assert general["data_digest"] == Stage(str(before), "general", ANSWER).require()["data_digest"]
+    assert "previous" in result["scores"] and "retrieval" not in result["scores"]
 
 
 def test_status_reads_the_run(finished: tuple[Path, dict, Path]) -> None:

@@ -53,6 +53,15 @@ def test_what_is_committed_is_not_done_again(tmp_path: Path) -> None:
     assert texts == [["by one that died", "by another"], ["by another", "by another"]]
 
 
+def test_what_is_built_on_a_refused_stage_is_not_begun(tmp_path: Path) -> None:
+    first, second = (Stage(str(tmp_path), name, DOCUMENT) for name in ("first", "second"))
+    first.open({"seed": 1})
+    jobs = [Job(stage, {"seed": 2}, [], Letters, {}) for stage in (first, second)]
+    outcomes = run_stages(jobs, Actors(Cluster()))
+    assert [str(outcome) for outcome in outcomes] == [str(outcomes[0])] * 2 and "seed was 1" in str(outcomes[0])
+    assert second.folder.list() == []
+
+
 class Poisoned(Letters):
     """Dies of unit 2, like an engine of a passage that it cannot bear."""
 

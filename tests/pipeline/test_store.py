@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import store
 from pipeline.schema import DOCUMENT, Document, Rejected, to_table
-from pipeline.store import Folder, Stage, check_table, open_uri
+from pipeline.store import FORMAT, Folder, Stage, check_table, open_uri
 
 
 def table(*names: str) -> pa.Table:
@@ -102,7 +102,7 @@ def test_commit_and_close(folder: Folder) -> None:
     assert (first.rows_in, first.rows_out, first.rejected) == (4, 3, {"empty": 1})
     assert first.shards == ["000000-00000.parquet", "000000-00001.parquet"] and second.shards == []
     assert stage.committed() == {"000000", "000001"}
-    assert list(stage.units()) == [first, second] and stage.unit("000000") == first
+    assert list(stage.units()) == [first, second]
     assert stage.find_unit("000001") == second and stage.find_unit("000002") is None
     assert stage.read_unit("000000").equals(table("a", "b", "d")) and not stage.read_unit("000001").num_rows
     assert stage.read_shard(first.shards[1], ["text"]).to_pylist() == [{"text": "text of d"}]
@@ -115,7 +115,11 @@ def test_commit_and_close(folder: Folder) -> None:
         stage.require()
     manifest = stage.close(1.23456, {"note": "x"})
     assert manifest == stage.manifest() == stage.require()
-    assert manifest["settings"] == {"limit": 1} and manifest["seconds"] == 1.235 and manifest["note"] == "x"
+    assert (
+        manifest["settings"] == {"limit": 1, "format": FORMAT}
+        and manifest["seconds"] == 1.235
+        and manifest["note"] == "x"
+    )
     assert (manifest["rows_in"], manifest["rows_out"], manifest["rejected"]) == (4, 3, {"empty": 1})
     assert manifest["stats"] == {"files": 5} and manifest["bytes"] == first.bytes > 0
     assert not stage.open({"limit": 1})
@@ -151,6 +155,9 @@ def test_other_settings_are_named(folder: Folder) -> None:
     assert stage.committed() == set() and (stage.folder / "data").list() == []
     with pytest.raises(ValueError, match=r"question\.seed was 1, is now 0"):
         stage.open(begun)
+    stage.folder.write_json("settings.json", begun)
+    with pytest.raises(ValueError, match=f"format was None, is now {FORMAT}"):
+        stage.open(begun)
 
 
 def test_units_come_in_order_of_their_names(folder: Folder) -> None:
@@ -172,7 +179,7 @@ def test_the_data_digest_is_that_of_settings_and_shards(tmp_path: Path) -> None:
 
     first = make("first", {"a": 1, "b": 2}, "000000", "000001")
     assert first == make("in another folder and order", {"b": 2, "a": 1}, "000001", "000000")
-    assert first == "14c7e261fc797f883248d971232c0f0a"
+    assert first == "7aac6d8d54ba94d1fe0b594b06948c0b"
     assert first != make("third", {"a": 1, "b": 3}, "000000", "000001")
     assert first != make("fourth", {"a": 1, "b": 2}, "000000")
 

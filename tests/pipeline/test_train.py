@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.raylets import WORKER, empty_cluster, until
@@ -187,6 +188,16 @@ def test_the_online_teacher_agrees_with_the_stored_one(
     assert np.corrcoef(losses, reference[0])[0, 1] > 0.85
 
 
+def test_dropout_acts_and_recomputed_activations_change_nothing(
+    reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    recomputed, _ = train(answered, tiny_model, tmp_path / "a", "train.gradient_checkpointing=true")
+    np.testing.assert_allclose(recomputed, reference[0], rtol=0.05)
+    dropped, _ = train(answered, tiny_model, tmp_path / "b", "train.lora.dropout=0.5")
+    assert dropped[0] == pytest.approx(reference[0][0], rel=0.05), "a fresh adapter adds nothing"
+    assert dropped[-1] > 1.02 * reference[0][-1]
+
+
 @pytest.mark.long
 def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
     answered: Path, tiny_model: Path, tmp_path: Path
@@ -242,3 +253,13 @@ def test_an_update_goes_on_from_the_previous_adapter_with_old_answers_among_the_
     losses, _ = train(changed, tiny_model, tmp_path, f"update={{previous_run='{previous}', replay_share=0.2}}")
     assert losses[0] < 0.8 * first[0], "the adapter of the previous run knows these answers"
     assert len(losses) < len(first), "an epoch is shorter than one over the whole corpus"
+
+
+def test_an_update_with_nothing_new_keeps_the_adapter(
+    reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    _, adapter = reference
+    losses, kept = train(answered, tiny_model, tmp_path, f"update.previous_run={adapter.parents[1]}")
+    assert losses == []
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, kept))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
