@@ -68,6 +68,8 @@ class TrainLoop:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(config.cluster.worker_cpus)
+        # DeepSpeed would compile its shared-memory collectives now, which takes a compiler and a minute; gloo will do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
         self.data = AnswerData(*training_tables(config))
         self.teacher_prompts = None
