@@ -87,7 +87,7 @@ def measure(config: str, overrides: list[str], axis: str, size: int, change: str
     found = stages_of(load_config(config, [*overrides, f"run_dir={run_dir}", change]))
     question, answer = (found[name].require() for name in ("question", "answer"))
     training = found["train"].require()["training"]
-    tokens = {"question": question["stats"]["output_tokens"], "answer": answer["stats"]["output_tokens"]}
+    answer_tokens = answer["stats"]["output_tokens"]
     seconds = {"question": question["stats"]["engine_seconds"], "answer": answer["stats"]["engine_seconds"]}
     if axis == "passages":
         size = found["chunk"].require()["rows_out"]
@@ -98,8 +98,8 @@ def measure(config: str, overrides: list[str], axis: str, size: int, change: str
         return {"rank": size, "training_ms_per_token": training_ms, "training_mb": memory["training_mb"]}
     return {
         "k": size,
-        "answer_ms_per_token": 1000 * seconds["answer"] / tokens["answer"],
-        "answer_bytes_per_token": answer["bytes"] / tokens["answer"],
+        "answer_ms_per_token": 1000 * seconds["answer"] / answer_tokens,
+        "answer_bytes_per_token": answer["bytes"] / answer_tokens,
         "training_ms_per_token": training_ms,
         **memory,
     }

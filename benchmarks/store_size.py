@@ -143,7 +143,7 @@ def rescore(config: Config, answers: pa.Table) -> Exact:
     """Run the teacher and the closed-book student over stored answers."""
     student = Student(add_adapter(load_base(config.model.path), config.train.lora, "base"), config.train.loss_chunk)
     weight = student.model.get_base_model().get_output_embeddings().weight.detach()  # type: ignore[operator]
-    prompts = TeacherPrompts(config, Stage(config.run_dir, "filter", ANSWER).committed())
+    prompts = TeacherPrompts(config)
     ids, logprobs, hidden = [], [], []
     with student.adapter_off():
         for start in range(0, answers.num_rows, BATCH):

@@ -28,13 +28,13 @@ MAX_MEAN_DIFFERENCE = 0.2
 class TeacherPrompts:
     """The teacher's prompts of given answers, rendered from the stored passages and questions."""
 
-    def __init__(self, config: Config, units: Iterable[str]) -> None:
-        """Load the passages and questions of some units of the filter stage."""
+    def __init__(self, config: Config, units: Iterable[str] | None = None) -> None:
+        """Load the passages and questions of some units of the filter stage; unset: of all."""
         self.tokenizer = load_tokenizer(config.model.path)
         passages, questions = Stage(config.run_dir, "chunk", PASSAGE), Stage(config.run_dir, "question", QUESTION)
         self._passages: dict[str, dict[str, Any]] = {}
         self._questions: dict[str, str] = {}
-        for unit in units:
+        for unit in Stage(config.run_dir, "filter", ANSWER).committed() if units is None else units:
             self._passages |= {row["passage_id"]: row for row in passages.read_shard(f"{unit}.parquet").to_pylist()}
             self._questions |= {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}
 

@@ -38,7 +38,6 @@ from pipeline.batch import AnswerData, Packed, Row, Sample, Step, pack, plan_run
 from pipeline.config import Config
 from pipeline.loss import FullVocabulary, Labels, Signal, TopK
 from pipeline.metrics import record_progress
-from pipeline.schema import ANSWER
 from pipeline.store import Stage
 from pipeline.student import Student, add_adapter, load_adapter, load_base
 from pipeline.train import PROGRESS_S, REFUSAL, adapter_of
@@ -72,9 +71,7 @@ class TrainLoop:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
         self.data = AnswerData(*training_tables(config))
-        self.teacher_prompts = None
-        if self.settings.teacher == "online":
-            self.teacher_prompts = TeacherPrompts(config, Stage(config.run_dir, "filter", ANSWER).committed())
+        self.teacher_prompts = TeacherPrompts(config) if self.settings.teacher == "online" else None
         settings = self.settings
         new, removed, old, general = self.data.sizes
         self.plan = plan_run(

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.engine import load_tokenizer
 from pipeline.general import FORGOTTEN, HELD_OUT
-from pipeline.held_out import HeldOut, NearQuestions, hold_out, values_of
+from pipeline.held_out import NearQuestions, hold_out
 from pipeline.previous import PreviousRun, split_rows
 from pipeline.prompts import titled
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
@@ -58,14 +58,14 @@ def _removed_answers(config: Config, previous: PreviousRun) -> Iterator[pa.Table
 
     Not to those that a new passage still answers, where only its wording changed, nor to those that evaluation asks.
     """
-    settings = config.evaluate
     asked = [text for new, _ in _split(config, "question", QUESTION, previous) for text in new["text"].to_pylist()]
-    near = NearQuestions(HeldOut(frozenset(), [*asked, *hold_out(config).texts], settings.near_duplicate_threshold))
+    held_out = hold_out(config)
+    near = NearQuestions(held_out._replace(texts=[*asked, *held_out.texts]))
     forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER)
     questions = Stage(str(config.update.previous_run), "question", QUESTION)
     for unit in forgotten.units():
         rows, texts = forgotten.read_unit(unit.name), questions.read_unit(unit.name)
-        near_ids = values_of((row for row in texts.to_pylist() if near.holds(row["text"])), "question_id")
+        near_ids = {row["question_id"] for row in texts.to_pylist() if near.holds(row["text"])}
         keep = [question_id not in near_ids for question_id in rows["question_id"].to_pylist()]
         yield rows.filter(pa.array(keep, pa.bool_()))
 

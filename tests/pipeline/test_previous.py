@@ -7,6 +7,8 @@ import pyarrow as pa
 from pipeline.previous import PreviousRun, split_rows
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
 from pipeline.store import Stage
+from pipeline.training_data import training_tables
+from tests.conftest import make_config
 
 
 def write_run(run_dir: str) -> None:
@@ -62,3 +64,27 @@ def test_rows_are_parted_by_whether_their_passage_is_new(tmp_path: Path) -> None
     assert set(new["passage_id"].to_pylist()) == {"p1"} and set(old["passage_id"].to_pylist()) == {"p0"}
     new, old = split_rows(rows, passages, PreviousRun(None))
     assert (new.num_rows, old.num_rows) == (4, 0)
+
+
+def test_what_a_new_passage_is_asked_is_not_forgotten(tmp_path: Path) -> None:
+    """Mill 1 was rewritten and is asked one of its questions again; mill 2 is gone; mill 0 is as it was."""
+    before, after = str(tmp_path / "before"), str(tmp_path / "after")
+    write_run(before)
+    passages = [Passage("p0", "d", "Mills", 0, 9, "Mill number 0."), Passage("n1", "d", "Mills", 0, 9, "Another mill.")]
+    questions = [Question("q", "n1", "fact", "What is mill 1, 0?")]
+    removed = Stage(before, "answer", ANSWER).read_unit("000000-00000").slice(2)  # of mills 1 and 2
+    for name, unit, table in (
+        ("chunk", "000000", to_table(passages, PASSAGE)),
+        ("question", "000000-00000", to_table(questions, QUESTION)),
+        ("filter", "000000-00000", ANSWER.empty_table()),
+        ("forgotten", "000000-00000", removed),
+    ):
+        stage = Stage(after, name, table.schema)
+        stage.open({})
+        stage.commit(unit, [table], [], table.num_rows)
+        stage.close(0)
+    config = make_config(
+        after, update={"previous_run": before, "forget_removed": True}, evaluate={"near_duplicate_threshold": 1.0}
+    )
+    rows = pa.concat_tables(training_tables(config).removed)
+    assert rows["question_id"].to_pylist() == ["q11", "q20", "q21"]
