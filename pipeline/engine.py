@@ -6,6 +6,8 @@ that is redone after a crash sees the same batches, and hence the same tokens, a
 """
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,6 +47,8 @@ class Engine:
 
     def __init__(self, model: Model, cluster: Cluster, top_k: int = 0, adapter_rank: int = 0) -> None:
         """Load the model; `top_k` and `adapter_rank` are the most that `complete` may be asked for."""
+        if not cluster.engine_gpus:
+            _require_compiler()
         # In-process the engine loads in a third of the time and dies with its actor.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -110,6 +114,16 @@ class Engine:
     def _adapter_id(self, folder: str) -> int:
         """Return an id of its own for every adapter: vLLM tells adapters apart by it, and by nothing else."""
         return self._adapters.setdefault(folder, len(self._adapters) + 1)
+
+
+def _require_compiler() -> None:
+    """Raise if vLLM could not compile its sampler for this CPU; it would say so in the middle of the first unit."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise OSError(
+            f"vLLM compiles its sampler on CPUs, and there is no {compiler}: install it, or name the C++ compiler"
+            " in the environment variable CXX"
+        )
 
 
 def engine_arguments(model: Model, cluster: Cluster) -> dict[str, Any]:

@@ -19,9 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A local Ray on a machine without a compiler, and without anything that one has made before."""
+    """A local Ray that finds no extension that an earlier run has compiled."""
     with pytest.MonkeyPatch.context() as patch, ray_session():
-        patch.setenv("CXX", "/bin/false")
         patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
         start_ray(Cluster())
         yield

@@ -1,6 +1,7 @@
 """Training through Ray Train and DeepSpeed: a tiny random model, whose answers transformers captured; no vLLM."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -154,6 +155,11 @@ def test_the_loss_falls_and_the_adapter_is_the_one_that_was_trained(
     trained = distance()
     with model.disable_adapter():
         assert trained < 0.8 * distance()
+
+
+def test_training_compiles_nothing(reference: tuple[list[float], Path]) -> None:
+    """A compiled extension of DeepSpeed costs a minute at the first start, for every new environment."""
+    assert os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]) == []
 
 
 def test_two_workers_that_share_all_weights_take_the_same_steps(
