@@ -123,6 +123,7 @@ def write_config(folder: Path, size: Size, engines: int) -> Path:
         [publish]
         registry = "{folder}/registry"
         name = "chaos"
+        gate = {{ min_gap_closed = -9.0 }}
         [cluster]
         num_engines = {engines}
         engine_cpus = 1

@@ -59,11 +59,12 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
 
         return {name: read_status(config) for name, config in configs.items()}
     from pipeline.base_model import load_base_model
+    from pipeline.resources import refuse_small_machine
     from pipeline.stage import attempt, ray_session
 
     base = load_base_model(next(iter(configs.values())).model.path)
-    if command == "run":
-        _refuse_small_machine(next(iter(configs.values())))
+    if command in ("run", "plan"):
+        refuse_small_machine(next(iter(configs.values())))
     results = {name: attempt(partial(_prepare, config)) for name, config in configs.items()}
     with ray_session():
         for stage in STAGES if command == "run" else (command,):
@@ -78,23 +79,6 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
             if not isinstance(published, ValueError):
                 results[name] = summarise(configs[name]) | {"adapter": published["uri"]}
     return results
-
-
-def _refuse_small_machine(config: Config) -> None:
-    """Raise ValueError if this machine, alone, has too little for a stage: Ray would wait for the rest in silence."""
-    from pipeline.resources import demands, unmet
-
-    cluster = config.cluster
-    if cluster.address or os.environ.get("RAY_ADDRESS"):
-        return
-    resources = {"CPU": max(os.cpu_count() or 1, cluster.engine_cpus, cluster.worker_cpus)}
-    if cluster.engine_gpus or cluster.worker_gpus:
-        import torch
-
-        resources["GPU"] = torch.cuda.device_count()
-    machine = {"Resources": resources, "Labels": {}}
-    if missing := [text for demand in demands(config) if (text := unmet(demand, [machine]))]:
-        raise ValueError("; ".join(missing))
 
 
 def _prepare(config: Config) -> None:

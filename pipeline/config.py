@@ -303,7 +303,7 @@ class Evaluate(Section):
 class Gate(Section):
     """Thresholds that an adapter must reach to be published; what could not be measured is not held against it."""
 
-    min_gap_closed: float | None = 0.0
+    min_gap_closed: float | None = 0.1
     """Least share of the gap between closed book and gold passage that it closes."""
     max_kl_to_base: float | None = Field(default=0.5, ge=0)
     """Forgetting: most that it may differ from the base model on general prompts, in nats per token."""

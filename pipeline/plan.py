@@ -25,9 +25,9 @@ from pipeline.filter import filter_answers
 from pipeline.held_out import load_questions, read_questions
 from pipeline.prompts import question_chat, teacher_chat
 from pipeline.read import read_documents
-from pipeline.resources import demands, model_fits, unmet
+from pipeline.resources import cluster_address, model_fits
 from pipeline.schema import ANSWER, PASSAGE
-from pipeline.stage import only, start_ray
+from pipeline.stage import only
 from pipeline.store import Folder, Stage, open_uri
 from pipeline.train import train_adapters
 from pipeline.write import write
@@ -42,7 +42,7 @@ def make_plan(config: Config, base: BaseModel) -> dict[str, Any]:
 
     Raises ValueError, one line per reason, for what cannot fit.
     """
-    if reasons := [*too_long(config, base), *_too_large(config, base)]:
+    if reasons := [*too_long(config, base), *filter(None, [_too_large(config, base)])]:
         raise ValueError("\n".join(reasons))
     read = only(read_documents([config]))
     chunked = only(chunk_documents([config]))
@@ -154,20 +154,16 @@ def too_long(config: Config, base: BaseModel) -> Iterator[str]:
             )
 
 
-def _too_large(config: Config, base: BaseModel) -> Iterator[str]:
-    """Say what a local Ray has too little of; a cluster may grow, and `python -m cluster check` looks at its nodes."""
-    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
-        return
-    import ray
+def _too_large(config: Config, base: BaseModel) -> str | None:
+    """Say why the base model does not fit this machine; `python -m cluster check` looks at a cluster's nodes."""
+    if cluster_address(config.cluster):
+        return None
     import torch
 
-    start_ray(config.cluster)
     weights = sum(file.stat().st_size for file in Path(base.path).glob("*.safetensors"))
     gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield from filter(None, (unmet(demand, ray.nodes()) for demand in demands(config)))
-    if gpus or not config.cluster.engine_gpus:
-        yield from filter(None, [model_fits(config, weights, min(gpus, default=0), memory)])
+    return model_fits(config, weights, min(gpus, default=0), memory)
 
 
 def refuse_full_disk(run_dir: str, needed: int) -> None:

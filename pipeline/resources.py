@@ -1,14 +1,15 @@
-"""Config -> what a run asks Ray for: pure arithmetic, no Ray.
+"""Config -> what a run asks Ray for, and what it gets: arithmetic, without Ray.
 
 In: `[cluster]` and the size of the base model. Out: one `Demand` per stage that needs more than a core, and, against
 the nodes that exist, one sentence per demand that cannot be met.
 """
 
 import math
+import os
 import re
 from typing import Any, NamedTuple
 
-from pipeline.config import Config
+from pipeline.config import Cluster, Config
 
 GPU_OVERHEAD = 1.2  # weights to memory: activations, CUDA context; keys and values come on top
 NAMES = {"CPU": "CPU cores", "GPU": "GPUs"}
@@ -47,6 +48,30 @@ def demands(config: Config) -> list[Demand]:
         "cluster.num_workers, worker_gpus, worker_cpus and worker_labels",
     )
     return [engines, workers]
+
+
+def cluster_address(cluster: Cluster) -> str | None:
+    """Return the address of the Ray cluster to join; None for a local Ray, which has this machine alone."""
+    return cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def this_machine(cluster: Cluster) -> dict[str, Any]:
+    """Describe what a local Ray has, as `ray.nodes()` does; cores can be shared, so there are always enough for one."""
+    resources = {"CPU": max(os.cpu_count() or 1, cluster.engine_cpus, cluster.worker_cpus)}
+    if cluster.engine_gpus or cluster.worker_gpus:
+        import torch
+
+        resources["GPU"] = torch.cuda.device_count()
+    return {"Resources": resources, "Labels": {}}
+
+
+def refuse_small_machine(config: Config) -> None:
+    """Raise ValueError if a local Ray has too little for a stage, and would wait for the rest in silence."""
+    if cluster_address(config.cluster):
+        return
+    machine = [this_machine(config.cluster)]
+    if missing := [text for demand in demands(config) if (text := unmet(demand, machine))]:
+        raise ValueError("\n".join(missing))
 
 
 def unmet(demand: Demand, nodes: list[dict[str, Any]]) -> str | None:

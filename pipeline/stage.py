@@ -23,6 +23,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pipeline.config import Cluster
+from pipeline.resources import cluster_address, this_machine
 from pipeline.schema import digest
 from pipeline.store import Stage, Unit
 
@@ -41,8 +42,7 @@ def start_ray(cluster: Cluster) -> None:
 
     if ray.is_initialized():
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := cluster_address(cluster):
         # Inside `ray job submit` the job's own working directory is already set.
         inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         ray.init(
@@ -51,10 +51,9 @@ def start_ray(cluster: Cluster) -> None:
             runtime_env={} if inside_job else {"working_dir": str(CODE), "excludes": NOT_CODE},
         )
     else:
-        cores = max(os.cpu_count() or 1, cluster.engine_cpus, cluster.worker_cpus)
         ray.init(
             "local",  # unset, it would join, or look for, the last cluster that was started on this machine
-            num_cpus=cores,
+            num_cpus=this_machine(cluster)["Resources"]["CPU"],
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

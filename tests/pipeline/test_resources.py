@@ -11,7 +11,7 @@ import pytest
 from benchmarks.raylets import ENGINE, local_cluster, until
 from cluster.submit import refuse_relative_paths, submit
 from pipeline.config import Config, read_settings
-from pipeline.resources import demands, has_labels, model_fits, unmet
+from pipeline.resources import demands, has_labels, model_fits, refuse_small_machine, unmet
 from pipeline.schema import PASSAGE
 from pipeline.store import Stage
 from tests.conftest import ROOT
@@ -130,6 +130,17 @@ def test_an_engine_runs_where_its_labels_are(tmp_path: Path) -> None:
         wrong = run("cluster", "check", str(path), "cluster.worker_labels.pool=train", "--address", cluster.address)
         assert wrong.returncode == 2
         assert "missing: stage train needs nodes with pool = 'train', and none of the 2 nodes is one" in wrong.stderr
+
+
+def test_a_machine_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    refuse_small_machine(config(engine_cpus=1000, worker_cpus=1000))
+    with pytest.raises(ValueError, match=r"stage write needs 1 x \(2 CPU cores and 999 GPUs\)"):
+        refuse_small_machine(config(engine_gpus=999))
+    with pytest.raises(ValueError, match="stage train needs 1000 x"):
+        refuse_small_machine(config(num_workers=1000))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    refuse_small_machine(config(engine_gpus=999, num_workers=1000))
 
 
 def test_a_model_that_does_not_fit() -> None:

@@ -98,6 +98,7 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         [publish]
         registry = "{folder}/registry"
         name = "test"
+        gate = {{ min_gap_closed = -9.0 }}
         [cluster]
         kv_cache_gb = 1
         """
