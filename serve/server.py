@@ -99,8 +99,14 @@ class AdapterServer(LLMServer):
         async def counted() -> AsyncGenerator[Any, None]:
             try:
                 async with contextlib.aclosing(stream):
+                    # The ingress tells the client as much; but Ray cancels nothing here, and vLLM would go on.
+                    async with asyncio.timeout(self._settings.request_timeout_s):
+                        first = await anext(stream)
+                    yield first
                     async for item in stream:
                         yield item
+            except TimeoutError:
+                raise Refused(503, "timeout", "No answer in time; ask again.") from None
             finally:
                 self._in_use[model] -= 1
                 async with self._idle:
