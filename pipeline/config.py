@@ -29,7 +29,7 @@ _LABEL = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
 LabelKey = Annotated[str, Field(pattern=rf"^({_LABEL}/)?{_LABEL}$")]
 LabelSelector = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
 CORPUS = "{corpus}"
-QuestionKind = Literal["fact", "definition", "detail", "identity", "confirmation", "comparison", "summary", "use"]
+QuestionKind = Literal["fact", "definition", "detail", "comparison", "summary", "use"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
 ENGINE_KEYS_SET_HERE = frozenset(

@@ -65,25 +65,6 @@ _KINDS: dict[QuestionKind, _Kind] = {
             "What is the name of the engineer who designed the Halden Bridge?",
         ),
     ),
-    # Asked for the subject itself: what was only learnt as "A is B" is not found from B.
-    "identity": _Kind(
-        'questions that begin with "Which" or "Who" and whose answer is a name',
-        _EXAMPLE_SENTENCES[1],
-        (
-            "Which bridge did the engineer Ida Voss design?",
-            "Which engineer designed a bridge that was opened on 4 May 1931?",
-            "Which bridge cost 2.4 million crowns?",
-        ),
-    ),
-    "confirmation": _Kind(
-        "questions that are answered with yes or no",
-        _EXAMPLE_SENTENCES[3],
-        (
-            "Does the Halden Bridge carry road traffic?",
-            "Is the Halden Bridge older than the Tarn Bridge?",
-            "Can people walk over the Halden Bridge?",
-        ),
-    ),
     "comparison": _Kind(
         "questions that ask for differences, causes and effects",
         _EXAMPLE_SENTENCES[3],
