@@ -31,6 +31,7 @@ from pipeline.base_model import load_base_model
 from pipeline.config import Config
 from pipeline.engine import engine_arguments, load_tokenizer, render_chat
 from pipeline.prompts import teacher_chat
+from pipeline.question import question_job
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, digest, seed_of
 from pipeline.store import Stage
 
@@ -138,17 +139,20 @@ def write_pipeline(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     passages, (small, large) = chosen(config, request["questions"])
     with tempfile.TemporaryDirectory() as folder:
         config = config.model_copy(update={"run_dir": folder})
-        chunk, question = Stage(folder, "chunk", PASSAGE), Stage(folder, "question", QUESTION)
-        for stage in (chunk, question):
-            stage.open({})
-        for number in range(1 + request["passes"]):
-            questions = large if number else small
+        base = load_base_model(config.model.path)
+        batches = [small, *[large] * request["passes"]]
+        chunk = Stage(folder, "chunk", PASSAGE)
+        chunk.open({})
+        for number in range(len(batches)):
             chunk.commit(f"{number:06d}", [passages], [], len(passages))
+        chunk.close(0)
+        question = Stage(folder, "question", QUESTION)
+        question.open(question_job(config, base).settings)
+        for number, questions in enumerate(batches):
             question.commit(f"{number:06d}-00000", [questions], [], len(questions))
-        for stage in (chunk, question):
-            stage.close(0)
+        question.close(0)
         with ray_session():
-            only(write([config], load_base_model(config.model.path), stages=("answer",)))
+            only(write([config], base, stages=("answer",)))
         units = Path(folder, "answer", "units")
         ends = [(units / f"{unit.name}.json").stat().st_mtime for unit in Stage(folder, "answer", ANSWER).units()]
         assert ends == sorted(ends), "units were not answered in order"
