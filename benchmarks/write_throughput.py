@@ -206,7 +206,9 @@ def write_ray_llm(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     from pipeline.stage import ray_session
 
     passages, (_, large) = chosen(config, request["questions"])
-    prompts, _ = requests(config, passages, large)
+    # As text: token ids would reach its engine as arrays, which it refuses. The arms' prompt tokens are compared.
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = [tokenizer.decode(prompt) for prompt in requests(config, passages, large)[0]]
     top_k = config.answer.top_k
     parameters = sampling(config, top_k)
     with ray_session():
@@ -227,7 +229,7 @@ def write_ray_llm(config: Config, request: dict[str, Any]) -> dict[str, Any]:
                 tokenize_stage=False,
                 detokenize_stage=False,
             ),
-            preprocess=lambda row: {"tokenized_prompt": row["prompt"], "sampling_params": parameters},
+            preprocess=lambda row: {"prompt": row["prompt"], "sampling_params": parameters},
         )
         rows = processor(ray.data.from_items([{"prompt": prompt} for prompt in prompts])).take_all()
         ended = time.time()
