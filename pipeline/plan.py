@@ -42,7 +42,7 @@ def make_plan(config: Config, base: BaseModel) -> dict[str, Any]:
 
     Raises ValueError, one line per reason, for what cannot fit.
     """
-    if reasons := [*too_long(config, base), *filter(None, [_too_large(config, base)])]:
+    if reasons := [reason for reason in (*too_long(config, base), _too_large(config, base)) if reason]:
         raise ValueError("\n".join(reasons))
     read = only(read_documents([config]))
     chunked = only(chunk_documents([config]))
