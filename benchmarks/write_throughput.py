@@ -5,7 +5,7 @@
 The run's stored questions are answered again, each arm in a process of its own, with the same engine settings:
 
     pipeline   the answer stage on Ray Data: questions read, prompts rendered, answers written, Parquet committed
-    limit      bare `vllm.LLM.generate` on the same prompts with the same logprobs, in vLLM's flat form
+    limit      bare `vllm.LLM.generate` on the same prompts with the same logprobs, flat and not spelt out, as fast as it goes
     no_top_k   the same without logprobs
     ray_llm    Ray's own `ray.data.llm` processor on the same prompts with the same logprobs
 
@@ -177,7 +177,7 @@ def write_bare(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = engine_arguments(config.model, config.cluster) | {"max_logprobs": max(top_k, 1)}
     arguments |= {"disable_log_stats": True} | config.model.engine
     llm = LLM(model=config.model.path, **arguments)
-    parameters = SamplingParams(**sampling(config, top_k), flat_logprobs=bool(top_k))
+    parameters = SamplingParams(**sampling(config, top_k), flat_logprobs=bool(top_k), detokenize=not top_k)
     passages, (small, large) = chosen(config, request["questions"])
     passes = []
     for questions in (small, *[large] * request["passes"]):

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -58,7 +59,10 @@ class Engine:
         if adapter_rank:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(adapter_rank)}
         self._adapters: dict[str, int] = {}
-        self._llm = LLM(model=model.path, **(arguments | model.engine))
+        # One thread loads the model and runs it: OpenMP gives every thread that computes its own team, and two teams on
+        # the same cores put each other to sleep at every barrier.
+        self._thread = ThreadPoolExecutor(1)
+        self._llm = self._thread.submit(LLM, model=model.path, **(arguments | model.engine)).result()
         self.tokenizer = load_tokenizer(model.path)
         self.max_model_len = model.max_model_len
         self.stats = EngineStats()
@@ -96,20 +100,37 @@ class Engine:
             logprobs=top_k or None,
             flat_logprobs=bool(top_k),
             structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None,
+            detokenize=False,  # it would spell out each of the k alternatives
         )
-        outputs = self._llm.generate(
+        outputs = self._thread.submit(
+            self._llm.generate,
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             parameters,
             use_tqdm=False,
             lora_request=LoRARequest(adapter, self._adapter_id(adapter), adapter) if adapter else None,
-        )
+        ).result()
         self.stats = EngineStats(
             self.stats.prompt_tokens + sum(len(prompt) for prompt in prompts),
             self.stats.cached_tokens + sum(output.num_cached_tokens or 0 for output in outputs),
             self.stats.output_tokens + sum(len(output.outputs[0].token_ids) for output in outputs),
             self.stats.engine_seconds + time.monotonic() - started,
         )
-        return [_completion(output.outputs[0], top_k) for output in outputs]
+        return [self._completion(output.outputs[0], top_k) for output in outputs]
+
+    def _completion(self, output: Any, top_k: int) -> Completion:
+        text: Any = self.tokenizer.decode(
+            output.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        token_ids = np.asarray(output.token_ids, dtype=np.int32)
+        num_tokens = len(token_ids)
+        if not top_k:
+            empty = np.empty((num_tokens, 0))
+            return Completion(text, output.finish_reason, token_ids, empty.astype(np.int32), empty)
+        # vLLM puts the sampled token before the k most likely ones.
+        flat_ids = np.asarray(output.logprobs.token_ids, dtype=np.int32).reshape(num_tokens, top_k + 1)
+        flat_logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32).reshape(num_tokens, top_k + 1)
+        assert (flat_ids[:, 0] == token_ids).all(), "log-probabilities do not belong to the sampled tokens"
+        return Completion(text, output.finish_reason, token_ids, flat_ids[:, 1:], flat_logprobs[:, 1:])
 
     def _adapter_id(self, folder: str) -> int:
         """Return an id of its own for every adapter: vLLM tells adapters apart by it, and by nothing else."""
@@ -166,19 +187,6 @@ def render_user_opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     mark = "\u2063MARK\u2063"
     text: Any = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
     return tokenizer.encode(text.partition(mark)[0], add_special_tokens=False)
-
-
-def _completion(output: Any, top_k: int) -> Completion:
-    token_ids = np.asarray(output.token_ids, dtype=np.int32)
-    num_tokens = len(token_ids)
-    if not top_k:
-        empty = np.empty((num_tokens, 0))
-        return Completion(output.text, output.finish_reason, token_ids, empty.astype(np.int32), empty)
-    # vLLM puts the sampled token before the k most likely ones.
-    flat_ids = np.asarray(output.logprobs.token_ids, dtype=np.int32).reshape(num_tokens, top_k + 1)
-    flat_logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32).reshape(num_tokens, top_k + 1)
-    assert (flat_ids[:, 0] == token_ids).all(), "log-probabilities do not belong to the sampled tokens"
-    return Completion(output.text, output.finish_reason, token_ids, flat_ids[:, 1:], flat_logprobs[:, 1:])
 
 
 def vllm_rank(rank: int) -> int:
