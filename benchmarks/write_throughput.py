@@ -5,7 +5,7 @@
 The run's stored questions are answered again, each arm in a process of its own, with the same engine settings:
 
     pipeline   the answer stage on Ray Data: questions read, prompts rendered, answers written, Parquet committed
-    limit      bare `vllm.LLM.generate` on the same prompts with the same logprobs, flat and not spelt out, as fast as it goes
+    limit      bare `vllm.LLM.generate` on the same prompts with the same logprobs, flat and not spelt out
     no_top_k   the same without logprobs
     ray_llm    Ray's own `ray.data.llm` processor on the same prompts with the same logprobs
 
