@@ -75,7 +75,7 @@ def main() -> int:
     loss = [
         run_arm("benchmarks.train_throughput", options, "loss", request | {"vocabulary": vocabulary, "chunks": chunks})
         for vocabulary in VOCABULARIES
-        for chunks in ((2, 4) if options.quick else (2, 16))
+        for chunks in ((2, 4) if options.quick else (2, 64))
     ]
     arms = {name: summarise(own) for name, own in runs.items()}
     assert {arm["dtype"] for arm in arms.values()} == {"torch.bfloat16"}, "arms train in different precisions"
