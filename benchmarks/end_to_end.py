@@ -29,7 +29,7 @@ def main() -> int:
     config = load_config(options.config, options.overrides)
     if Path(config.run_dir).exists():
         sys.exit(f"{config.run_dir} exists, and this measures a run from its beginning; remove it or choose another")
-    arguments = ["run", options.config, *options.overrides]
+    arguments = ["run", options.config, *options.overrides, "--force", "measured"]
     seconds, run = timed(*arguments)
     manifests = {name: stage.require() for name, stage in stages_of(config).items()}
     work = {name: manifest["stats"].get("engine_seconds", 0.0) for name, manifest in manifests.items()}

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,39 @@ pytestmark = pytest.mark.slow
 
 MODEL = ROOT / ".models" / "smollm2-135m-instruct"
 TOP_K = 20
+DEMO = "benchmarks/demo/demo.toml"
+# So little of everything that a run of the demo takes a minute.
+SMALL = [
+    "question.per_passage=2",
+    "question.max_rounds=1",
+    "answer.max_tokens=24",
+    "filter.keep_unfinished=true",
+    "general.prompts=4",
+    "general.held_out=4",
+    "general.max_tokens=24",
+    "train.epochs=1",
+    "train.lora.rank=4",
+    "evaluate.max_questions=12",
+    "evaluate.max_tokens=24",
+]
+
+
+def run(benchmark: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def claims_of(benchmark: str, *arguments: str) -> dict[str, dict[str, Any]]:
+    """Run a benchmark to its closing line; return its claims by name."""
+    done = run(benchmark, *arguments)
+    assert done.returncode == 0, done.stderr[-6000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["result"] is None
+    return {claim["name"]: claim for claim in last["claims"]}
+
+
+def places(folder: Path) -> list[str]:
+    return [f"run_dir={folder}/run", f"publish.registry={folder}/registry"]
 
 
 @pytest.fixture
@@ -59,13 +93,8 @@ def write_stages(run_dir: Path) -> None:
         stage.close(0)
 
 
-def run(config: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.store_size", str(config), "--quick"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_answers_must_be_written_first(config: Path) -> None:
-    done = run(config)
+    done = run("store_size", str(config), "--quick")
     assert done.returncode == 1
     assert f"python -m pipeline run {config}" in done.stderr
 
@@ -73,11 +102,7 @@ def test_answers_must_be_written_first(config: Path) -> None:
 def test_store_size(config: Path) -> None:
     write_stages(config.parent / "run")
     before = sorted((ROOT / "benchmarks" / "results").iterdir())
-    done = run(config)
-    assert done.returncode == 0, done.stderr
-    last = json.loads(done.stdout.splitlines()[-1])
-    claims = {claim["name"]: claim for claim in last["claims"]}
-    assert last["result"] is None
+    claims = claims_of("store_size", str(config), "--quick")
     assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before, "a quick run saves nothing"
     assert claims["reads_with_arrow"]["met"]
     assert claims["loss_relative_error.k20"]["met"]
@@ -87,26 +112,10 @@ def test_store_size(config: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The demo with so little of everything that a run takes a minute; what it writes is shared."""
-    folder = tmp_path_factory.mktemp("demo")
-    arguments = [
-        "benchmarks/demo/demo.toml",
-        f"run_dir={folder}/run",
-        f"publish.registry={folder}/registry",
-        "question.per_passage=2",
-        "question.max_rounds=1",
-        "answer.max_tokens=24",
-        "filter.keep_unfinished=true",
-        "general.prompts=4",
-        "general.held_out=4",
-        "general.max_tokens=24",
-        "train.epochs=1",
-        "train.lora.rank=4",
-        "evaluate.max_questions=12",
-        "evaluate.max_tokens=24",
-    ]
-    write_once(arguments[0], arguments[1:])
-    return arguments
+    """A small demo, written once for all that only train and evaluate."""
+    overrides = [*SMALL, *places(tmp_path_factory.mktemp("demo"))]
+    write_once(DEMO, overrides)
+    return [DEMO, *overrides]
 
 
 @pytest.mark.long
@@ -116,7 +125,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         (["ablations", "--vary", "train.lora.rank=8", "--seeds", "1"], {"given train.lora.rank over best"}),
         (["teachers", "--teachers", "stored"], set()),
         (["write_throughput", "--quick"], {"pipeline_over_limit", "pipeline_over_no_top_k"}),
-        (["train_throughput", "--quick"], {"stored_over_sft", "stored_over_online"}),
+        (["train_throughput", "--quick"], {"stored_over_sft", "stored_over_trl_sft"}),
         (
             ["quality_per_compute", "--epochs", "1", "2", "--seeds", "1"],
             {"gap_closed_over_sft_at_equal_seconds", "seconds_to_the_best_of_sft"},
@@ -131,16 +140,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 )
 def test_benchmarks_of_a_config(demo: list[str], arguments: list[str], claimed: set[str]) -> None:
     benchmark, *options = arguments
-    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *demo, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
-    last = json.loads(done.stdout.splitlines()[-1])
-    assert last["result"] is None
-    assert claimed <= {claim["name"] for claim in last["claims"]}
+    assert claimed <= claims_of(benchmark, *demo, *options).keys()
 
 
 @pytest.mark.long
-def test_update(demo: list[str], tmp_path: Path) -> None:
+def test_end_to_end(tmp_path: Path) -> None:
+    claims = claims_of("end_to_end", DEMO, *SMALL, *places(tmp_path))
+    assert claims.keys() == {"share_of_time_at_work", "up_to_date_s", "help_s", "gap_closed"}
+    assert 0 < claims["share_of_time_at_work"]["value"] < 1
+
+
+@pytest.mark.long
+def test_update(tmp_path: Path) -> None:
     """Of three passages, one is changed: its questions alone are written, and the old adapter is asked, too."""
     data = tmp_path / "data.jsonl"
     texts = [f"Mill number {i} stands at Arden and has {i + 20} wheels of oak and elm." for i in range(4)]
@@ -150,24 +161,14 @@ def test_update(demo: list[str], tmp_path: Path) -> None:
         for i, text in enumerate(texts)
     ]
     data.write_text("\n".join(map(json.dumps, rows)))
-    places = [f"run_dir={tmp_path}/run", f"publish.registry={tmp_path}/registry"]
     options = ["--data", str(data), "--passages", "3", "--changed", "1"]
-    command = [sys.executable, "-m", "benchmarks.update", *demo, *places, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
-    claims = {claim["name"]: claim["value"] for claim in json.loads(done.stdout.splitlines()[-1])["claims"]}
-    assert 0 < claims["share_of_written_tokens"] < 1
+    claims = claims_of("update", DEMO, *SMALL, *places(tmp_path), *options)
+    assert 0 < claims["share_of_written_tokens"]["value"] < 1
 
 
 @pytest.mark.long
 def test_scale() -> None:
-    config = ROOT / "benchmarks" / "demo" / "demo.toml"
-    command = [sys.executable, "-m", "benchmarks.scale", str(config), "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    last = json.loads(done.stdout.splitlines()[-1])
-    claims = {claim["name"]: claim["value"] for claim in last["claims"]}
-    assert last["result"] is None
+    claims = {name: claim["value"] for name, claim in claims_of("scale", DEMO, "--quick").items()}
     assert claims.keys() == {
         "driver_memory_growth",
         "actor_memory_growth",
