@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -59,10 +58,7 @@ class Engine:
         if adapter_rank:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(adapter_rank)}
         self._adapters: dict[str, int] = {}
-        # One thread loads the model and runs it: OpenMP gives every thread that computes its own team, and two teams on
-        # the same cores put each other to sleep at every barrier.
-        self._thread = ThreadPoolExecutor(1)
-        self._llm = self._thread.submit(LLM, model=model.path, **(arguments | model.engine)).result()
+        self._llm = LLM(model=model.path, **(arguments | model.engine))
         self.tokenizer = load_tokenizer(model.path)
         self.max_model_len = model.max_model_len
         self.stats = EngineStats()
@@ -102,13 +98,12 @@ class Engine:
             structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None,
             detokenize=False,  # it would spell out each of the k alternatives
         )
-        outputs = self._thread.submit(
-            self._llm.generate,
+        outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             parameters,
             use_tqdm=False,
             lora_request=LoRARequest(adapter, self._adapter_id(adapter), adapter) if adapter else None,
-        ).result()
+        )
         self.stats = EngineStats(
             self.stats.prompt_tokens + sum(len(prompt) for prompt in prompts),
             self.stats.cached_tokens + sum(output.num_cached_tokens or 0 for output in outputs),

@@ -209,6 +209,7 @@ def test_stored_answers_are_whole(finished: tuple[Path, dict, Path]) -> None:
     stage = Stage(str(finished[0] / "run"), "answer", ANSWER)
     for row in (row for shard in stage.shards() for row in stage.read_shard(shard).to_pylist()):
         tokens = len(row["answer_ids"])
+        assert "<|im_" not in row["text"]
         assert tokens and len(row["topk_ids"]) == len(row["topk_logprobs"]) == 8 * tokens
         by_token = [row["topk_logprobs"][i : i + 8] for i in range(0, 8 * tokens, 8)]
         assert all(values == sorted(values, reverse=True) and values[0] <= 0 for values in by_token)

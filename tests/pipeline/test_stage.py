@@ -3,7 +3,8 @@
 import json
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,31 @@ def test_what_is_committed_is_not_done_again(tmp_path: Path) -> None:
     assert [unit["name"] for unit in json.loads(done)] == ["0", "0", "1", "1"]
     texts = [[stage.read_unit(name)["text"][0].as_py() for name in "01"] for stage in stages]
     assert texts == [["by one that died", "by another"], ["by another", "by another"]]
+
+
+class Threads(Letters):
+    """Writes which thread made it and which one calls it."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._maker = threading.get_ident()
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        self._text = f"{self._maker} {threading.get_ident()}"
+        return super().do_unit(unit)
+
+
+def test_one_thread_loads_and_computes(tmp_path: Path) -> None:
+    """Two would each have a team of OpenMP threads, and these get in each other's way."""
+    letters = Stage(str(tmp_path), "read", DOCUMENT)
+    loaders: list[int] = []
+    actors = Actors(Cluster(), load_engine=lambda: loaders.append(threading.get_ident()))
+    actor = _UnitActor([(letters, Threads, {"stage": letters})], actors)
+    for name in "01":
+        with ThreadPoolExecutor(1) as other:
+            other.submit(actor, pa.table({"work": [json.dumps([0, {"name": name}])]})).result()
+    texts = {letters.read_unit(name)["text"][0].as_py() for name in "01"}
+    assert texts == {f"{loaders[0]} {loaders[0]}"}
 
 
 def test_what_is_built_on_a_refused_stage_is_not_begun(tmp_path: Path) -> None:
