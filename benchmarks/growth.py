@@ -56,7 +56,7 @@ def main() -> int:
         print(axis)
         for name in points[0]:
             row = " ".join(f"{point[name]:11.4g}" for point in points)
-            print(f"  {name:26} {row}   slope {slopes[axis].get(name, float('nan')):6.3f}")
+            print(f"  {name:26} {row}" + (f"   slope {slopes[axis][name]:6.3f}" if name in slopes[axis] else ""))
     save(
         options.name,
         {
