@@ -234,8 +234,9 @@ class Train(Section):
     """Packed rows in one forward and backward pass."""
     loss_chunk: int = Field(default=256, ge=1)
     """Answer positions whose logits are in memory at a time."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage; 3 also shards the base model."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage, what the workers share: the optimiser's state, with 2 also gradients (for adapters of a
+    billion parameters), with 3 also the base model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     checkpoint_steps: int = Field(default=100, ge=1)

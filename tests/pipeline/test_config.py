@@ -65,7 +65,7 @@ def test_a_complete_file(path: Path) -> None:
         ("read.paths=[]", "read.paths = []: List should have at least 1 item"),
         ("question.kinds=['joke']", "question.kinds.0 = 'joke': Input should be 'fact',"),
         ("publish.name=Hand Book", "publish.name = 'Hand Book': String should match pattern"),
-        ("train.zero_stage=4", "train.zero_stage = 4: Input should be 0, 1, 2 or 3"),
+        ("train.zero_stage=4", "train.zero_stage = 4: Input should be 1, 2 or 3"),
         (
             "train.batch_tokens=128",
             "train: batch_tokens = 128 is less than row_tokens = 256; raise batch_tokens",
