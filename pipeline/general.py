@@ -6,12 +6,13 @@ the chat template up to where a user's words would stand, an instruct model cont
 is for measuring how far it moved. Where a corpus lost passages, the questions about them are answered likewise.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.answer import answer_table, tail_mass
 from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config, General
-from pipeline.engine import Engine, render_chat, render_user_opening
+from pipeline.engine import Completion, Engine, render_chat, render_user_opening
 from pipeline.previous import PreviousRun, previous_settings, split_rows
 from pipeline.prompts import normalise, student_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest, seed_of
@@ -21,7 +22,8 @@ from pipeline.store import Stage, Unit
 HELD_OUT = "held-out"
 FORGOTTEN = "forgotten"
 UNIT_PROMPTS = 128
-SPARE = 2  # prompts sampled for each one wanted: some are empty, cut off, or there already
+SPARE = 2  # prompts sampled for each one wanted: some are empty, or there already
+MIN_CHARS = 6  # of a prompt's words; not a number of words, which some scripts do not separate
 
 
 def general_job(config: Config, base: BaseModel) -> Job:
@@ -64,16 +66,14 @@ class GeneralWriter:
             settings.max_tokens,
         )
         rows: list[tuple[str, str, str, list[int]]] = []
-        rejected, seen = [], set()
-        for ordinal, prompt in enumerate(sampled):
+        rejected = []
+        for ordinal, (prompt, reason) in enumerate(zip(sampled, reasons_against(sampled, unit["count"]), strict=True)):
             prompt_id = digest("general", unit["name"], ordinal, settings.seed)
             text = prompt.text.strip()
-            reason = _reason(text, prompt.finish_reason, seen, is_full=len(rows) == unit["count"])
             if reason:
                 rejected.append(Rejected("general", prompt_id, reason, text[:200]))
-                continue
-            seen.add(normalise(text))
-            rows.append((prompt_id, prompt_id, "", render_chat(engine.tokenizer, student_chat(text))))
+            else:
+                rows.append((prompt_id, prompt_id, "", render_chat(engine.tokenizer, student_chat(text))))
         replies = engine.complete(
             [prompt for *_, prompt in rows],
             seed_of("general answers", unit["name"], settings.seed),
@@ -135,11 +135,20 @@ class ForgottenWriter:
         )
 
 
-def _reason(text: str, finish_reason: str, seen: set[str], is_full: bool) -> REASONS | None:
-    if len(normalise(text).split()) < 3:
-        return "empty"
-    if finish_reason != "stop":
-        return "unfinished"
-    if normalise(text) in seen:
-        return "duplicate_question"
-    return "over_quota" if is_full else None
+def reasons_against(prompts: Sequence[Completion], count: int) -> list[REASONS | None]:
+    """Return for every sampled prompt why it is left out, or None, which at most `count` get.
+
+    Whole ones come first, but one that was cut off is a prompt as well: the base model has an answer to it.
+    """
+    reasons: list[REASONS | None] = ["over_quota"] * len(prompts)
+    chosen: set[str] = set()
+    for index in sorted(range(len(prompts)), key=lambda index: prompts[index].finish_reason != "stop"):
+        text = normalise(prompts[index].text)
+        if len(text) < MIN_CHARS:
+            reasons[index] = "empty"
+        elif text in chosen:
+            reasons[index] = "duplicate_question"
+        elif len(chosen) < count:
+            reasons[index] = None
+            chosen.add(text)
+    return reasons
