@@ -44,7 +44,9 @@ def main() -> int:
         {
             "benchmark": "injection_quality",
             "model": Path(config.model.path).name,
-            "data": options.data and f"first {options.passages} passages of {Path(options.data).name}",
+            "data": f"first {options.passages} passages of {Path(options.data).name}"
+            if options.data
+            else ", ".join(config.read.paths),
             "settings": config.model_dump(include={"chunk", "question", "answer", "general", "filter", "train"}),
             "run": {key: value for key, value in run.items() if key != "adapter"},
             "claims": make_claims(run, options.aim),

@@ -13,9 +13,9 @@ Every arm is a process that takes the same optimiser steps over the same stored 
 
 Ours are the steps of `pipeline.train_loop` with DeepSpeed and its fp32 master copy, in Ray Train's local mode: left out
 are Ray's worker processes and the checkpoints. TRL's AdamW steps on the bf16 adapter itself; its autocast and its
-gradient checkpointing are off. Trained tokens are those of prompt and answer that the student reads, without padding
-and without the teacher's. What limits the number: on a CPU, what lies around the matrix products; the roofline says how
-much.
+gradient checkpointing are off. Trained tokens are those of prompt and answer of every sample, without padding and
+without the teacher's, however often a trainer reads what the prompts of a row have in common. What limits the number:
+on a CPU, what lies around the matrix products; the roofline says how much.
 """
 
 import json
@@ -204,11 +204,12 @@ def train_ours(config: Config, request: dict[str, Any]) -> dict[str, Any]:
 
 def padding(loop: Any, steps: list[list[list[int]]]) -> float:
     """Return the share of positions that hold no token, over the micro-batches of some steps."""
-    lengths = loop.data.lengths()
+    opening = loop.data.opening
+    lengths = loop.data.lengths() - opening
     filled = positions = 0
     for step in steps:
         for start in range(0, len(step), loop.settings.micro_rows):
-            rows = [int(lengths[row].sum()) for row in step[start : start + loop.settings.micro_rows]]
+            rows = [opening + int(lengths[row].sum()) for row in step[start : start + loop.settings.micro_rows]]
             filled += sum(rows)
             positions += max(rows) * len(rows)
     return round(1 - filled / positions, 4)

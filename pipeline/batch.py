@@ -2,7 +2,8 @@
 
 In: tables of answers. Out: a plan of steps and rows that depends on lengths and the seed alone (so any number of
 workers, and a resumed run, walk through the same samples), and the tensors of one micro-batch.
-Several samples share a row; none sees another.
+Several samples share a row; none sees another, but the tokens that all their prompts begin with, the chat template's
+opening, stand there once for all: what they see, and the sum of the gradients, is the same as if each had its own.
 """
 
 import tempfile
@@ -21,6 +22,7 @@ from pipeline.schema import ANSWER
 
 Row = list[int]  # indices of the samples that share a packed row
 Step = list[Row]  # rows of one optimiser step, over all workers
+OPENING, PADDING = -1, -2  # segments of a row that belong to no one sample
 
 
 class Sample(NamedTuple):
@@ -40,10 +42,9 @@ class Packed:
     """Samples packed into rows; `answer_index` lists, sample by sample, the positions that predict answer tokens."""
 
     input_ids: Tensor  # int64 [rows, L]
-    position_ids: Tensor  # int64 [rows, L], from zero in every sample
+    position_ids: Tensor  # int64 [rows, L], from zero in every sample; each goes on behind the shared opening
     attention_mask: Tensor  # bf16 [rows, 1, L, L], added to the scores: zero for earlier tokens of the same sample
     answer_index: Tensor  # int64 [A], into the flattened [rows * L]
-    num_tokens: int  # without padding
 
     def to(self, device: torch.device) -> "Packed":
         """Return the same on another device."""
@@ -52,7 +53,6 @@ class Packed:
             self.position_ids.to(device),
             self.attention_mask.to(device),
             self.answer_index.to(device),
-            self.num_tokens,
         )
 
 
@@ -70,12 +70,13 @@ class AnswerData:
             np.asarray(pc.call_function("list_value_length", [self.table[name]]))
             for name in ("prompt_ids", "answer_ids")
         )
+        self.opening = self._find_opening()
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def lengths(self) -> np.ndarray:
-        """Return the tokens that each sample takes in a row, [samples]."""
+        """Return the tokens that the student reads of each sample, [samples]."""
         return self._prompt_tokens + self._answer_tokens - 1
 
     def count_tokens(self, indices: Sequence[int]) -> tuple[int, int]:
@@ -85,6 +86,16 @@ class AnswerData:
 
     def take(self, indices: Sequence[int]) -> pa.Table:
         return self.table.take(pa.array(indices, pa.int64()))
+
+    def _find_opening(self) -> int:
+        """Return the `common_opening` of all samples."""
+        shortest = min(self._prompt_tokens, default=1)
+        for place in range(shortest - 1):
+            tokens = pc.call_function("list_element", [self.table["prompt_ids"], pa.scalar(place)])
+            bounds = pc.call_function("min_max", [tokens]).as_py()
+            if bounds["min"] != bounds["max"]:
+                return place
+        return int(shortest) - 1
 
 
 def _write(writer: Any, table: pa.Table) -> int:
@@ -115,6 +126,7 @@ def plan_run(
     batch_tokens: int,
     row_tokens: int,
     seed: int,
+    opening: int = 0,
 ) -> list[Step]:
     """Plan all epochs over groups of samples that lie one behind the other, `sizes[i]` of them in group i.
 
@@ -138,22 +150,23 @@ def plan_run(
             if wanted
         ]
         samples = np.concatenate([np.arange(sizes[0]), *picked])
-        for step in plan_epoch(lengths[samples], batch_tokens, row_tokens, seed + epoch):
+        for step in plan_epoch(lengths[samples], batch_tokens, row_tokens, seed + epoch, opening):
             steps.append([samples[row].tolist() for row in step])
     return steps
 
 
-def plan_epoch(lengths: np.ndarray, batch_tokens: int, row_tokens: int, seed: int) -> list[Step]:
+def plan_epoch(lengths: np.ndarray, batch_tokens: int, row_tokens: int, seed: int, opening: int = 0) -> list[Step]:
     """Shuffle the samples, pack them best-fit into rows of `row_tokens`, and group the rows into steps; none give none.
 
-    A sample longer than a row gets a row of its own and counts for as many rows as it needs.
+    Of the `lengths`, the first `opening` tokens are the same in all samples and stand in a row once. A sample longer
+    than a row gets a row of its own and counts for as many rows as it needs.
     """
     rows_per_step = max(1, batch_tokens // row_tokens)
     window = rows_per_step * 8  # rows open at a time: enough choice for a tight fit, few enough for a random order
     done: list[tuple[int, Row]] = []
     open_rows: list[tuple[int, Row]] = []  # free tokens, samples
     for index in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        length = int(lengths[index])
+        length = int(lengths[index]) - opening
         fitting = [place for place, (free, _) in enumerate(open_rows) if free >= length]
         if fitting:
             place = min(fitting, key=lambda place: open_rows[place][0])
@@ -161,7 +174,7 @@ def plan_epoch(lengths: np.ndarray, batch_tokens: int, row_tokens: int, seed: in
             row.append(index)
             open_rows[place] = (free - length, row)
         else:
-            open_rows.append((row_tokens - length, [index]))
+            open_rows.append((row_tokens - opening - length, [index]))
         if len(open_rows) > window:
             done.append(open_rows.pop(min(range(len(open_rows)), key=lambda place: open_rows[place][0])))
     done += open_rows
@@ -192,37 +205,51 @@ def rows_in_order(samples: Sequence[Sample], row_tokens: int) -> list[int]:
 def pack(samples: Sequence[Sample], row_counts: Sequence[int], pad_id: int = 0) -> Packed:
     """Lay out the samples in order, `row_counts[i]` of them in row i; rows are padded to the longest.
 
-    Padding sees only itself. No samples give one row of padding, so that a worker without work still takes part.
+    A row begins with what all its prompts begin with, once. Padding sees only that and itself. No samples give one row
+    of padding, so that a worker without work still takes part.
     """
     ends = np.cumsum(row_counts)
     rows = [samples[end - count : end] for end, count in zip(ends, row_counts, strict=True)]
-    width = max((sum(sample.length for sample in row) for row in rows), default=1)
+    openings = [common_opening(row) for row in rows]
+    used = [
+        opening + sum(sample.length - opening for sample in row) for opening, row in zip(openings, rows, strict=True)
+    ]
+    width = max(used, default=1)
     shape = (max(1, len(rows)), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
-    segments = np.full(shape, -1, dtype=np.int64)
+    segments = np.full(shape, PADDING, dtype=np.int64)
     answer_index = [np.empty(0, dtype=np.int64)]
-    num_tokens = 0
-    for number, row in enumerate(rows):
-        start = 0
+    for number, (opening, row) in enumerate(zip(openings, rows, strict=True)):
+        input_ids[number, :opening] = row[0].prompt_ids[:opening]
+        position_ids[number, :opening] = np.arange(opening)
+        segments[number, :opening] = OPENING
+        start = opening
         for segment, sample in enumerate(row):
-            end = start + sample.length
-            input_ids[number, start:end] = np.concatenate([sample.prompt_ids, sample.answer_ids[:-1]])
-            position_ids[number, start:end] = np.arange(sample.length)
+            end = start + sample.length - opening
+            input_ids[number, start:end] = np.concatenate([sample.prompt_ids[opening:], sample.answer_ids[:-1]])
+            position_ids[number, start:end] = np.arange(opening, sample.length)
             segments[number, start:end] = segment
-            first = number * width + start + len(sample.prompt_ids) - 1
+            first = number * width + start + len(sample.prompt_ids) - opening - 1
             answer_index.append(np.arange(first, first + len(sample.answer_ids)))
             start = end
-        num_tokens += start
     ids = torch.from_numpy(segments)
-    same = ids[:, :, None] == ids[:, None, :]
+    belongs = (ids[:, :, None] == ids[:, None, :]) | (ids[:, None, :] == OPENING)
     # Padding sees the padding before it: a position that sees nothing would give NaN.
-    sees = (same & torch.ones(width, width, dtype=torch.bool).tril()).unsqueeze(1)
+    sees = (belongs & torch.ones(width, width, dtype=torch.bool).tril()).unsqueeze(1)
     mask = torch.zeros(sees.shape, dtype=torch.bfloat16).masked_fill_(~sees, torch.finfo(torch.bfloat16).min)
     return Packed(
         torch.from_numpy(input_ids),
         torch.from_numpy(position_ids),
         mask,
         torch.from_numpy(np.concatenate(answer_index)),
-        num_tokens,
     )
+
+
+def common_opening(samples: Sequence[Sample]) -> int:
+    """Return how many tokens all prompts begin with; each keeps one of its own, which predicts its answer."""
+    opening = min((len(sample.prompt_ids) for sample in samples), default=1) - 1
+    for sample in samples[1:]:
+        differs = np.flatnonzero(sample.prompt_ids[:opening] != samples[0].prompt_ids[:opening])
+        opening = int(differs[0]) if len(differs) else opening
+    return opening

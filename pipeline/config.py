@@ -227,9 +227,10 @@ class Train(Section):
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Softens both distributions in the loss; the paper uses 2."""
     batch_tokens: int = Field(default=1024, ge=64)
-    """Tokens of all workers together in one optimiser step."""
+    """Tokens of all workers together in one optimiser step, as they lie in the rows."""
     row_tokens: int = Field(default=256, ge=64)
-    """Length of one packed row, in tokens; several samples share a row without seeing each other."""
+    """Length of one packed row, in tokens; several samples share it, and the opening of their prompts, without seeing
+    each other."""
     micro_rows: int = Field(default=4, ge=1)
     """Packed rows in one forward and backward pass."""
     loss_chunk: int = Field(default=256, ge=1)

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.batch import Packed, pack, plan_epoch, samples_of, topk_of
+from pipeline.batch import Packed, common_opening, pack, plan_epoch, samples_of, topk_of
 from pipeline.config import Lora, Train
 from pipeline.loss import Signal, TopK, answer_losses
 
@@ -103,7 +103,8 @@ class KlScorer:
         samples = samples_of(answers)
         lengths = np.asarray([sample.length for sample in samples])
         result = np.zeros(len(samples))
-        for rows in plan_epoch(lengths, settings.row_tokens * settings.micro_rows, settings.row_tokens, seed=0):
+        batch_tokens, opening = settings.row_tokens * settings.micro_rows, common_opening(samples)
+        for rows in plan_epoch(lengths, batch_tokens, settings.row_tokens, seed=0, opening=opening):
             order = [index for row in rows for index in row]
             packed = pack([samples[index] for index in order], [len(row) for row in rows]).to(self._device)
             ids, logprobs = topk_of(answers.take(pa.array(order, pa.int64())), len(packed.answer_index))

@@ -82,6 +82,7 @@ class TrainLoop:
             settings.batch_tokens,
             settings.row_tokens,
             settings.seed,
+            self.data.opening,
         )
         torch.manual_seed(self.settings.seed)
         model = self._load_model(config, base)

@@ -1,6 +1,9 @@
 """Packing: no sample is lost, none sees another, answer positions hold the answers."""
 
+import dataclasses
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +11,17 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.align import check_mask
-from pipeline.batch import Sample, pack, plan_epoch, plan_run, rows_in_order, topk_of
+from pipeline.batch import (
+    AnswerData,
+    Sample,
+    common_opening,
+    pack,
+    plan_epoch,
+    plan_run,
+    rows_in_order,
+    samples_of,
+    topk_of,
+)
 from pipeline.schema import ANSWER
 
 samples_strategy = st.lists(
@@ -77,7 +90,6 @@ def test_answer_positions_predict_the_answers(samples: list[Sample], row_tokens:
     assert sum(counts) == len(samples)
     packed = pack(samples, counts)
     width = packed.input_ids.shape[1]
-    assert packed.num_tokens == sum(sample.length for sample in samples)
     expected_inputs = np.concatenate([[s.prompt_ids[-1], *s.answer_ids[:-1]] for s in samples])
     flat = packed.input_ids.flatten()
     assert flat[packed.answer_index].tolist() == expected_inputs.tolist()
@@ -85,6 +97,10 @@ def test_answer_positions_predict_the_answers(samples: list[Sample], row_tokens:
     seen = visible.sum(-1).flatten()[packed.answer_index]
     positions = packed.position_ids.flatten()[packed.answer_index]
     assert (seen == positions + 1).all(), f"a sample sees more or less than itself in rows of {width}"
+    texts = [np.concatenate([s.prompt_ids, s.answer_ids[:-1]]) for s in samples for _ in s.answer_ids]
+    for place, text, position in zip(packed.answer_index.tolist(), texts, positions.tolist(), strict=True):
+        row, column = divmod(place, width)
+        assert packed.input_ids[row][visible[row, column]].tolist() == text[: position + 1].tolist()
     check_mask(samples)
 
 
@@ -93,9 +109,7 @@ def test_the_guard_sees_a_shifted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def shifted(samples: list[Sample], counts: list[int]) -> object:
         packed = pack(samples, counts)
-        return type(packed)(
-            packed.input_ids, packed.position_ids, packed.attention_mask, packed.answer_index - 1, packed.num_tokens
-        )
+        return dataclasses.replace(packed, answer_index=packed.answer_index - 1)
 
     monkeypatch.setattr(pipeline.align, "pack", shifted)
     with pytest.raises(ValueError, match="alignment guard"):
@@ -103,28 +117,58 @@ def test_the_guard_sees_a_shifted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_samples_get_the_logits_they_get_alone(attention: str) -> None:
+def test_packed_samples_get_the_states_and_gradients_they_get_alone(attention: str) -> None:
+    """Those that share the opening of a row, too: its gradients are the sum of what each sample would have given."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
-    model = LlamaForCausalLM._from_config(config, attn_implementation=attention).to(torch.bfloat16).eval()
+    model = LlamaForCausalLM._from_config(config, attn_implementation=attention).model
     rng = np.random.default_rng(0)
+    opening = np.arange(5)
     samples = [
-        Sample(rng.integers(0, 64, rng.integers(2, 9)), rng.integers(0, 64, rng.integers(1, 9))) for _ in range(7)
+        Sample(
+            np.concatenate([opening, rng.integers(0, 64, rng.integers(2, 9))]), rng.integers(0, 64, rng.integers(1, 9))
+        )
+        for _ in range(7)
     ]
+
+    def gradients(states: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        states.square().sum().backward()
+        return [value.grad.clone() for value in model.parameters() if value.grad is not None]
+
     packed = pack(samples, [3, 1, 3])
-    with torch.no_grad():
-        states = model.model(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask
-        ).last_hidden_state.flatten(0, 1)[packed.answer_index]
-        alone = [
-            model.model(
+    states = model(
+        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask.float()
+    ).last_hidden_state.flatten(0, 1)[packed.answer_index]
+    alone = torch.cat(
+        [
+            model(
                 input_ids=torch.from_numpy(np.concatenate([s.prompt_ids, s.answer_ids[:-1]]))[None]
             ).last_hidden_state[0, len(s.prompt_ids) - 1 :]
             for s in samples
         ]
-    torch.testing.assert_close(states, torch.cat(alone), rtol=0.05, atol=0.05)
+    )
+    torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(states), gradients(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_what_all_prompts_begin_with_stands_in_a_row_once() -> None:
+    opening, rng = np.arange(20), np.random.default_rng(0)
+    prompts = [np.concatenate([opening, rng.integers(100, 200, 4)]) for _ in range(200)]
+    rows = [
+        dict.fromkeys(ANSWER.names) | {"prompt_ids": prompt, "answer_ids": np.arange(rng.integers(2, 40))}
+        for prompt in prompts
+    ]
+    data = AnswerData([pa.Table.from_pylist(rows[:150], ANSWER)], [pa.Table.from_pylist(rows[150:], ANSWER)])
+    assert data.opening == common_opening(samples_of(data.table)) == 20
+    plan = plan_run(data.lengths(), data.sizes, [0.25], 1, 256, 128, seed=0, opening=data.opening)
+    packed_rows = [row for step in plan for row in step]
+    widths = [pack(samples_of(data.take(row)), [len(row)]).input_ids.shape[1] for row in packed_rows]
+    assert max(widths) <= 128 and np.mean(widths) > 0.95 * 128
+    apart = plan_run(data.lengths(), data.sizes, [0.25], 1, 256, 128, seed=0)
+    assert len(plan) < 0.75 * len(apart)
 
 
 def test_no_samples_give_one_row_of_padding() -> None:
