@@ -84,7 +84,9 @@ def write_corpus(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> list[st
     """Write a file for every name, with the passage that its rows are about; return the settings that name them."""
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     for name, asked in rows.items():
-        (folder / "corpus" / f"{name}.txt").write_text(f"{asked[0]['context']}\n", encoding="utf-8")
+        file, text = folder / "corpus" / f"{name}.txt", f"{asked[0]['context']}\n"
+        if not file.exists() or file.read_text(encoding="utf-8") != text:  # a new time would make a new corpus of it
+            file.write_text(text, encoding="utf-8")
     write_questions(folder / "questions.jsonl", chain.from_iterable(rows.values()))
     return [f"read.paths=['{folder}/corpus']", f"evaluate.questions={folder}/questions.jsonl"]
 
