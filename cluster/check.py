@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
@@ -23,8 +24,11 @@ def check(config: Config, address: str | None) -> list[str]:
     address = address or config.cluster.address or "auto"
     try:
         ray.init(address, log_to_driver=False, runtime_env={"working_dir": str(CODE), "excludes": NOT_CODE})
-    except ConnectionError as error:
-        raise ValueError(f"no Ray cluster at {address} ({error}); start one, or give --address") from None
+    except (ConnectionError, AuthenticationError) as error:
+        raise ValueError(
+            f"no Ray cluster at {address} ({error}); start one, give --address, and for a cluster with token "
+            "authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+        ) from None
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         for node in nodes:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline.config import read_settings
@@ -34,7 +35,10 @@ PATHS = (
 
 
 def submit(config: str, overrides: list[str], address: str | None, stop_on_interrupt: bool = False) -> int:
-    """Run the pipeline as a job and return its exit code; after Ctrl-C the job goes on unless told otherwise."""
+    """Run the pipeline as a job and return its exit code; after Ctrl-C the job goes on unless told otherwise.
+
+    Raises ValueError if there is no such cluster, if it cannot be reached any more, and for paths that stay behind.
+    """
     path = Path(config).resolve()
     if not path.is_relative_to(CODE) or path.relative_to(CODE).parts[0] in NOT_CODE:
         raise ValueError(
@@ -57,8 +61,13 @@ def submit(config: str, overrides: list[str], address: str | None, stop_on_inter
             return 130
         client.stop_job(job)
     # The log may end before the job, and a job that was told to stop takes a while.
-    while not (status := client.get_job_info(job)).status.is_terminal():
-        time.sleep(POLL_S)
+    try:
+        while not (status := client.get_job_info(job)).status.is_terminal():
+            time.sleep(POLL_S)
+    except OSError as error:
+        raise ValueError(
+            f"the job server is gone ({error}); the job goes on: ray job status {job}, ray job logs --follow {job}"
+        ) from None
     if status.status != JobStatus.SUCCEEDED:
         print(f"job {job}: {status.status}: {status.message}", file=sys.stderr)
     return 0 if status.status == JobStatus.SUCCEEDED else status.driver_exit_code or 1
@@ -69,7 +78,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
         raise ValueError(
             f"no Ray job server at {address} ({str(error).splitlines()[0]}); give --address, and for a cluster with "
             "token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"

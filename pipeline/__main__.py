@@ -130,7 +130,7 @@ def _stage(name: str, options: argparse.Namespace) -> Callable[[list[Config], An
     if name == "plan":
         from pipeline.plan import make_plan
 
-        return lambda configs, base, redo: [attempt(partial(make_plan, config, base)) for config in configs]
+        return lambda configs, base, redo: [attempt(partial(make_plan, config, base, redo)) for config in configs]
     if name == "report":
         from pipeline.report import write_report
 

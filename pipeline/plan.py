@@ -37,15 +37,15 @@ SAMPLE_PROMPTS = 16
 CHECKPOINT = 6  # bytes of a checkpoint for one of the adapter: three fp32 numbers for one in bf16
 
 
-def make_plan(config: Config, base: BaseModel) -> dict[str, Any]:
+def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
     """Return counts, tokens, bytes and seconds that the whole run will take; `cost` if a price is configured.
 
     Raises ValueError, one line per reason, for what cannot fit.
     """
     if reasons := [reason for reason in (*too_long(config, base), _too_large(config, base)) if reason]:
         raise ValueError("\n".join(reasons))
-    read = only(read_documents([config]))
-    chunked = only(chunk_documents([config]))
+    read = only(read_documents([config], redo))
+    chunked = only(chunk_documents([config], redo))
     sample = config.model_copy(
         update={
             "run_dir": (Folder(config.run_dir) / "plan").uri,

@@ -7,7 +7,8 @@ In: the complete train and evaluate stages, and the corpus's passages. Out:
     REGISTRY/<name>/<version>/manifest.json  what it is and the digest of every file; written last
     REGISTRY/<name>/live.json                the alias: which version `name` means, and which it meant before
 
-A version is named by its content, so a name never gets a second content, and publishing twice changes nothing.
+A version is named by its content, so a name never gets a second content; publishing it again can only change what its
+manifest says of its evaluation.
 """
 
 import getpass
@@ -47,7 +48,14 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
         )
     adapters = Folder(config.publish.registry) / config.publish.name
     version = version_of_run(config, base)
+    if version in (adapters.read_json(ALIAS) or {}).get("retired", []):
+        raise ValueError(
+            f"{config.publish.name}@{version} was retired and does not come back; publish it under another "
+            "publish.name, or change what it is made of"
+        )
     manifest = (adapters / version).read_json(MANIFEST)
+    measured = {"scores": evaluated.get("scores", {}), "metric": evaluated.get("metric", "substring_match")}
+    forced = {"by": getpass.getuser(), "reason": force or "", "past": failed} if failed else {}
     if manifest is None:
         print(f"publish: {config.publish.name}@{version}: indexing its passages", file=sys.stderr)
         manifest = write_version(
@@ -58,9 +66,12 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
             probe=Probe(**evaluated["probe"]),
             run_id=trained["data_digest"],
             data_digest=trained["settings"]["input"],
-            scores=evaluated.get("scores", {}),
-            forced={"by": getpass.getuser(), "reason": force or "", "past": failed} if failed else {},
+            measured=measured,
+            forced=forced,
         )
+    elif (now := manifest | measured | ({"forced": forced} if forced else {})) != manifest:
+        manifest = now  # the same adapter was evaluated anew, or forced
+        (adapters / version).write_json(MANIFEST, manifest)
     move_alias(adapters, version)
     return manifest | {"uri": (adapters / version).uri}
 
@@ -115,7 +126,7 @@ def write_version(
     probe: Probe | None,
     run_id: str = "",
     data_digest: str = "",
-    scores: dict[str, dict[str, float]] | None = None,
+    measured: dict[str, Any] | None = None,
     forced: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a version's files (path below its folder -> content), its manifest last; return the manifest."""
@@ -135,7 +146,7 @@ def write_version(
         target_modules=sorted(peft_config["target_modules"]),
         run_id=run_id,
         data_digest=data_digest,
-        scores=scores or {},
+        **(measured or {"scores": {}, "metric": "substring_match"}),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         probe=probe,
         forced=forced or {},

@@ -190,6 +190,7 @@ class AdapterManifest:
     run_id: str
     data_digest: str
     scores: dict[str, dict[str, float]]
+    metric: str  # the score that says most: substring_match of questions with accepted answers, else token_f1
     created: str  # ISO 8601, UTC
     probe: Probe | None
     forced: dict[str, Any]  # who published it past the gate, why, and past what; empty if it passed

@@ -168,8 +168,9 @@ class Ingress(OpenAiIngress):
             raise Refused(400, "unsupported", "'retrieval' needs an adapter and a question in plain text.")
         hits = await self._in_corpora(self._corpora.search, version, question, k)
         passages = [(hit.passage["heading"], hit.passage["text"]) for hit in hits]
-        messages: Any = body.messages
-        messages[-1]["content"] = retrieval_question(passages, question)
+        if passages:
+            messages: Any = body.messages
+            messages[-1]["content"] = retrieval_question(passages, question)
         extra["sources"] = [
             {**{key: hit.passage[key] for key in ("source", "heading", "text")}, "score": round(hit.score, 3)}
             for hit in hits
@@ -190,6 +191,7 @@ class Ingress(OpenAiIngress):
         metadata = {
             key: manifest[key] for key in ("version", "base_model", "base_revision", "rank", "scores", "created")
         }
+        metadata["metric"] = manifest.get("metric", "substring_match")
         return {
             "id": version.name,
             "object": "model",
@@ -304,8 +306,14 @@ def _refusal(error: ErrorResponse) -> Refused:
 
 
 def _refuse_prompt_logprobs(body: Any) -> None:
-    """Refuse what ends vLLM's CPU engine when other adapters' requests are in the same batch."""
-    if getattr(body, "prompt_logprobs", None) is not None or (getattr(body, "echo", False) and body.logprobs):
+    """Refuse what ends vLLM's CPU engine when other adapters' requests are in the same batch.
+
+    With `echo`, vLLM takes the number of the answer's log-probabilities for the prompt, and zero is one; a chat has it
+    unasked.
+    """
+    if getattr(body, "prompt_logprobs", None) is not None or (
+        getattr(body, "echo", False) and body.logprobs is not None
+    ):
         raise Refused(400, "unsupported", "Log-probabilities of the prompt are not served.")
 
 

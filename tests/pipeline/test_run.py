@@ -266,6 +266,12 @@ def test_the_gate_stops_an_adapter_unless_it_is_forced(finished: tuple[Path, dic
     forced, _ = finish(config, "publish", *settings, "--force", "a test")
     assert forced["forced"]["reason"] == "a test" and forced["forced"]["by"]
     assert "max_kl_to_base" in forced["forced"]["past"][0]
+    again, _ = finish(config, "publish", *settings, "--force", "a test of a version that is there")
+    assert again["forced"]["reason"] == "a test of a version that is there"
+    assert json.loads((Path(again["uri"]) / "manifest.json").read_text())["forced"] == again["forced"]
+    alias = Path(again["uri"]).parent / "live.json"
+    alias.write_text(json.dumps(json.loads(alias.read_text()) | {"retired": [again["version"]]}))
+    assert "was retired" in fail(config, "publish", *settings, "--force", "a test")
 
 
 def test_a_second_run_is_up_to_date(finished: tuple[Path, dict, Path]) -> None:

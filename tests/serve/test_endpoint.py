@@ -166,9 +166,11 @@ def test_errors_have_openai_shape_and_hold_no_internals(client: openai.OpenAI, u
         ask(client, "ada", extra_body={"max_tokens": 10_000})
     with pytest.raises(openai.BadRequestError):
         list(ask(client, "ada", extra_body={"max_tokens": 10_000}, stream=True))
-    for body in ({"retrieval": 99}, {"prompt_logprobs": 1}):
+    for body in ({"retrieval": 99}, {"prompt_logprobs": 1}, {"echo": True}):
         with pytest.raises(openai.BadRequestError):
             ask(client, "ada", extra_body=body)
+    with pytest.raises(openai.BadRequestError, match="prompt"):
+        client.completions.create(model="ada", prompt="x", echo=True, logprobs=0)
     for body, status in (
         (b"x" * 70_000, 413),
         (b'{"model": "ada", "messages": [{"role": "user", "content": "\xff\xfe"}]}', 400),
