@@ -3,9 +3,10 @@
     python -m benchmarks.injection_quality CONFIG [KEY=VALUE ...] [--name NAME] [--data FILE.jsonl --passages 40]
 
 Runs the whole line with the baselines (what is up to date is taken as it is), prints a table and saves it. With --data,
-the corpus is the first so many passages of an evaluation set (rows with `doc_id`, `context`, `question`, `answers`) and
-the questions are those about them. What limits the number: how well the base model reads a passage and writes questions
-about it, then the questions per passage. No stage that writes or trains sees the questions of [evaluate].
+the corpus is the first so many passages of an evaluation set (rows with `id`, `doc_id`, `context`, `question` and
+`answers`) and the questions are those about them. What limits the number: how well the base model reads a passage and
+writes questions about it, then the questions per passage. No stage that writes or trains sees the questions of
+[evaluate].
 """
 
 import json
@@ -74,7 +75,7 @@ def make_claims(run: dict[str, Any], aim: float) -> list[dict[str, Any]]:
 def read_set(path: str) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of an evaluation set by passage, in its order."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_bytes().splitlines():
         row = json.loads(line)
         rows.setdefault(row["doc_id"], []).append(row)
     return rows
@@ -82,11 +83,15 @@ def read_set(path: str) -> dict[str, list[dict[str, Any]]]:
 
 def write_corpus(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Write a file for every name, with the passage that its rows are about; return the settings that name them."""
+    texts = {f"{name}.txt": f"{asked[0]['context']}\n".encode() for name, asked in rows.items()}
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
-    for name, asked in rows.items():
-        file, text = folder / "corpus" / f"{name}.txt", f"{asked[0]['context']}\n"
-        if not file.exists() or file.read_text(encoding="utf-8") != text:  # a new time would make a new corpus of it
-            file.write_text(text, encoding="utf-8")
+    for file in (folder / "corpus").iterdir():
+        if texts.get(file.name) == file.read_bytes():
+            del texts[file.name]  # written again, its new time would make another corpus of it
+        else:
+            file.unlink()
+    for name, text in texts.items():
+        (folder / "corpus" / name).write_bytes(text)
     write_questions(folder / "questions.jsonl", chain.from_iterable(rows.values()))
     return [f"read.paths=['{folder}/corpus']", f"evaluate.questions={folder}/questions.jsonl"]
 

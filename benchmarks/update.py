@@ -2,11 +2,11 @@
 
     python -m benchmarks.update CONFIG [KEY=VALUE ...] --data FILE.jsonl [--passages N --changed M --name NAME]
 
-In: an evaluation set (rows with `doc_id`, `context`, `question`, `answers`). The line runs on one file for each of its
-first passages; then the first few files get the text of other passages, and it runs again with the first run as
-`update.previous_run`. Compared are tokens written and trained, seconds, and the scores on questions about changed and
-unchanged passages, and about the text that is gone. What limits it: general answers in every epoch, the old answers
-among the new (`update.replay_share`), and start-up, which is in the seconds.
+In: an evaluation set (rows with `id`, `doc_id`, `context`, `question` and `answers`). The line runs on one file for
+each of its first passages; then the first few files get the text of other passages, and it runs again with the first
+run as `update.previous_run`. Compared are tokens written and trained, seconds, and the scores on questions about
+changed and unchanged passages, and about the text that is gone. What limits it: general answers in every epoch, the old
+answers among the new (`update.replay_share`), and start-up, which is in the seconds.
 """
 
 import json
@@ -94,7 +94,7 @@ def cost(config: str, overrides: list[str]) -> dict[str, float]:
 
 def score(run_dir: Path, new: set[str]) -> dict[str, dict[str, Any]]:
     """Return the means over the questions about changed and about unchanged passages."""
-    lines = [json.loads(line) for line in (run_dir / "evaluate" / "answers.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "evaluate" / "answers.jsonl").read_bytes().splitlines()]
     groups: dict[str, list[dict[str, Any]]] = {"changed": [], "unchanged": []}
     for line in lines:
         groups["changed" if line["id"] in new else "unchanged"].append(line)

@@ -25,6 +25,7 @@ def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
         Stage(config.run_dir, "answer", ANSWER),
         {
             "answer": config.answer.model_dump(),
+            "max_model_len": config.model.max_model_len,
             "model": base.identity(),
             "prompts": prompts_digest(),
             "input": questions.settings_digest,

@@ -19,7 +19,7 @@ from semantic_text_splitter import MarkdownSplitter
 from tokenizers import Tokenizer
 
 from pipeline.config import Chunk, Config
-from pipeline.dedup import UNSPACED
+from pipeline.prompts import UNSPACED
 from pipeline.schema import DOCUMENT, PASSAGE, Document, Passage, digest, to_table
 from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit

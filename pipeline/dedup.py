@@ -17,12 +17,11 @@ import pyarrow as pa
 from datasketch import LeanMinHash, MinHash, MinHashLSH
 
 from pipeline.config import Config
+from pipeline.prompts import UNSPACED
 from pipeline.schema import DOCUMENT, Rejected
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
-# Scripts that put no spaces between words, their punctuation, and emoji.
-UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128

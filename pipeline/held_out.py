@@ -50,7 +50,11 @@ def read_questions(field: str, uri: str | None, limit: int | None = None) -> lis
     except OSError as error:
         raise ValueError(f"{field} = {uri!r}: cannot be read ({error})") from None
     questions: dict[str, TestQuestion] = {}
-    for number, line in enumerate(lines[:limit], 1):
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if len(questions) == limit:
+            break
         where = f"{field} = {uri!r}, line {number}"
         try:
             row = json.loads(line)
@@ -79,32 +83,48 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(config: Config) -> HeldOut:
-    """Return the questions of the evaluation's file; without one, those written ones whose ids come first."""
+    """Return the questions of the evaluation's file; without one, written ones, those whose ids come first.
+
+    At most a tenth of what was written now, and in an update what was held out before.
+    """
     settings = config.evaluate
     if settings.questions is not None:
         texts = [question.question for question in load_questions(settings.model_copy(update={"max_questions": None}))]
         return HeldOut(frozenset(), texts, settings.near_duplicate_threshold)
-    count = min(settings.held_out, Stage(config.run_dir, "question", QUESTION).require()["rows_out"] // 10)
-    chosen: list[tuple[str, str]] = []
-    for table in _untrained_questions(config):
-        columns = table.to_pydict()
-        chosen = heapq.nsmallest(count, [*chosen, *zip(columns["question_id"], columns["text"], strict=True)])
+    new: list[tuple[str, str]] = []
+    held_before: list[tuple[str, str]] = []
+    num_new = 0
+    for written, before in _untrained_questions(config):
+        num_new += written.num_rows
+        new = heapq.nsmallest(settings.held_out, [*new, *_ids_and_texts(written)])
+        held_before = heapq.nsmallest(settings.held_out, [*held_before, *_ids_and_texts(before)])
+    chosen = heapq.nsmallest(settings.held_out, [*new[: num_new // 10], *held_before])
     return HeldOut(frozenset(i for i, _ in chosen), [text for _, text in chosen], settings.near_duplicate_threshold)
 
 
-def _untrained_questions(config: Config) -> Iterator[pa.Table]:
-    """Yield the written questions, without those that the adapter of a previous run was trained on."""
+def _untrained_questions(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Yield the questions that were written now, and those of the previous run that its adapter never saw."""
     questions, passages = Stage(config.run_dir, "question", QUESTION), Stage(config.run_dir, "chunk", PASSAGE)
     columns = ["question_id", "passage_id", "text"]
     if config.update.previous_run is None:
-        yield from (questions.read_shard(shard, columns) for shard in questions.shards())
+        for shard in questions.shards():
+            table = questions.read_shard(shard, columns)
+            yield table, table.slice(0, 0)
         return
     previous = PreviousRun(config.update.previous_run)
-    kept_before = pa.array(sorted(values_of(_held_out_answers(config.update.previous_run), "question_id")), pa.string())
+    held: dict[str, list[str]] = {}
+    for row in _held_out_answers(config.update.previous_run):
+        held.setdefault(row["passage_id"], []).append(row["question_id"])
     for unit in questions.units():
         rows = questions.read_unit(unit.name).select(columns)
-        new, old = split_rows(rows, passages.read_shard(f"{unit.name}.parquet"), previous)
-        yield pa.concat_tables([new, old.filter(pc.field("question_id").isin(kept_before))])
+        about = passages.read_shard(f"{unit.name}.parquet")
+        new, old = split_rows(rows, about, previous)
+        ids = pa.array(sorted(previous.ids_now(held, about.to_pylist())), pa.string())
+        yield new, old.filter(pc.field("question_id").isin(ids))
+
+
+def _ids_and_texts(questions: pa.Table) -> Iterator[tuple[str, str]]:
+    return zip(questions["question_id"].to_pylist(), questions["text"].to_pylist(), strict=True)
 
 
 class NearQuestions:

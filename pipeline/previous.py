@@ -42,18 +42,30 @@ class PreviousRun:
         schema = {"question": QUESTION, "answer": ANSWER}[stage]
         return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in passages)])
 
+    def ids_now(self, ids: dict[str, list[str]], passages: list[dict[str, Any]]) -> set[str]:
+        """Return what rows are called in the new run; `ids` are theirs here, by the passage that they are about."""
+        now: set[str] = set()
+        for passage in filter(self.holds, passages):
+            _, previous_id = self._passages[_key(passage)]
+            now |= {_id_now(old, previous_id, passage["passage_id"]) for old in ids.get(previous_id, [])}
+        return now
+
     def _rows(self, stage: str, passage: dict[str, Any]) -> pa.Table:
         unit, previous_id = self._passages[_key(passage)]
         rows = self._read(stage, unit).filter(pc.field("passage_id") == previous_id)
         if (new_id := passage["passage_id"]) == previous_id:
             return rows
-        # Two passages of the same text would otherwise give two rows of the same id.
         for name in IDS:
             if name in rows.column_names:
-                ids = pa.array([digest(value, new_id) for value in rows[name].to_pylist()], pa.string())
-                rows = rows.set_column(rows.schema.get_field_index(name), name, ids)
+                ids = [_id_now(old, previous_id, new_id) for old in rows[name].to_pylist()]
+                rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(ids, pa.string()))
         same = pa.array([new_id] * rows.num_rows, pa.string())
         return rows.set_column(rows.schema.get_field_index("passage_id"), "passage_id", same)
+
+
+def _id_now(old: str, previous_passage_id: str, passage_id: str) -> str:
+    """Name a row anew whose passage has another id: two passages of one text would give two rows of the same id."""
+    return old if passage_id == previous_passage_id else digest(old, passage_id)
 
 
 def _key(passage: dict[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import regex
 from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue]
 
 from pipeline.config import QUESTION_KINDS, QuestionKind
@@ -115,7 +116,11 @@ _DECLINES = re.compile(
 )
 _GRADE = re.compile(r"\bgrade:\W*(correct|wrong)\b", re.IGNORECASE)
 _ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(.+)$")
-_WORD = re.compile(r"\w+", re.UNICODE)
+# Scripts that put no spaces between words, their punctuation, and emoji.
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff"
+_DENSE = re.compile(rf"[{UNSPACED}\ua000-\uf8ff]")  # these and syllabic scripts, Hangul above all: a letter says much
+_WORD = regex.compile(r"[\w\p{M}]+")  # with the vowel signs of Indic scripts, which are no letters to Python
+_QUESTION_END = regex.compile(r"(?:[?\uff1f\u061f\u037e]|\p{Greek}\s?;)$")
 _COMMON = frozenset(
     [
         "about",
@@ -310,7 +315,7 @@ def parse_questions(reply: str) -> list[str]:
     except json.JSONDecodeError:
         items = (match.group(1) if (match := _ITEM.match(line)) else line for line in reply.splitlines())
     cleaned = (item.strip().strip("*_\"'` ").strip() for item in items)
-    return [text for text in cleaned if text.endswith(("?", "\uff1f", "\u061f")) and len(text) <= 400]
+    return [text for text in cleaned if _QUESTION_END.search(text) and len(text) <= 400]
 
 
 def normalise(text: str) -> str:
@@ -323,7 +328,7 @@ def content_words(text: str) -> set[str]:
     return {
         word
         for word in _WORD.findall(text.lower())
-        if (len(word) > 3 or any(c.isdigit() or c > "\u2e80" for c in word)) and word not in _COMMON
+        if (len(word) > 3 or _DENSE.search(word) or any(map(str.isdigit, word))) and word not in _COMMON
     }
 
 
@@ -352,7 +357,7 @@ def _known_words(words: set[str], passage: str) -> set[str]:
     return {
         word
         for word in words
-        if word[: max(4, len(word) - 3)] in source or (word > "\u2e80" and set(word) & set(source))
+        if word[: max(4, len(word) - 3)] in source or (_DENSE.search(word) and set(word) & set(source))
     }
 
 
@@ -363,5 +368,6 @@ def prompts_digest() -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Split a passage into sentences of at least three words; one that has none counts as a whole."""
-    return [part.strip() for part in segment("en", text) if len(part.split()) > 2] or [text.strip()]
+    """Split a passage into sentences of at least three words, or dense letters; one that has none counts as a whole."""
+    parts = [part.strip() for part in segment("en", text)]
+    return [part for part in parts if len(part.split()) > 2 or len(_DENSE.findall(part)) > 2] or [text.strip()]

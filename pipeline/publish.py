@@ -35,6 +35,7 @@ RETRIEVAL = "retrieval"
 def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -> dict[str, Any]:
     """Publish and point the alias `live` at the version; return the manifest with `uri` added.
 
+    A version that the alias meant before stays where it is: what was rolled back does not come back by itself.
     Raises ValueError if the adapter is below a threshold of `publish.gate`, unless `force` says why it is to be
     published all the same; who forced it, why and past what then stands in the manifest.
     """
@@ -48,7 +49,8 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
         )
     adapters = Folder(config.publish.registry) / config.publish.name
     version = version_of_run(config, base)
-    if version in (adapters.read_json(ALIAS) or {}).get("retired", []):
+    alias = adapters.read_json(ALIAS) or {}
+    if version in alias.get("retired", []):
         raise ValueError(
             f"{config.publish.name}@{version} was retired and does not come back; publish it under another "
             "publish.name, or change what it is made of"
@@ -72,7 +74,14 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     elif (now := manifest | measured | ({"forced": forced} if forced else {})) != manifest:
         manifest = now  # the same adapter was evaluated anew, or forced
         (adapters / version).write_json(MANIFEST, manifest)
-    move_alias(adapters, version)
+    if version in alias.get("before", []):
+        print(
+            f"publish: {config.publish.name} goes on meaning {alias['version']}, not {version}, which it meant before; "
+            f"to move it: python -m serve.admin CONFIG alias {config.publish.name}@{version}",
+            file=sys.stderr,
+        )
+    else:
+        move_alias(adapters, version)
     return manifest | {"uri": (adapters / version).uri}
 
 

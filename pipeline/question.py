@@ -49,6 +49,7 @@ def question_job(config: Config, base: BaseModel) -> Job:
         Stage(config.run_dir, "question", QUESTION),
         {
             "question": config.question.model_dump(),
+            "max_model_len": config.model.max_model_len,
             "model": base.identity(),
             "prompts": prompts_digest(),
             "input": passages.require()["data_digest"],

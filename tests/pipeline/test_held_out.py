@@ -105,6 +105,14 @@ def test_a_bad_question_file_names_line_and_field(tmp_path: Path, line: str, mes
     assert len(load_questions(Evaluate(questions=str(path), max_questions=1))) == 1
 
 
+def test_blank_lines_are_no_questions(tmp_path: Path) -> None:
+    rows = [json.dumps({"question": f"Q{n}?", "answers": ["a"], "context": "c"}) for n in range(2)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text(f"\n{rows[0]}\n\n{rows[1]}\n\n")
+    assert [row.question for row in load_questions(Evaluate(questions=str(path)))] == ["Q0?", "Q1?"]
+    assert [row.question for row in load_questions(Evaluate(questions=str(path), max_questions=1))] == ["Q0?"]
+
+
 def test_a_missing_question_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluate\.questions .* no such file"):
         load_questions(Evaluate(questions=str(tmp_path / "none.jsonl")))

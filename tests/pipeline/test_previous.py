@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.held_out import hold_out
 from pipeline.previous import PreviousRun, split_rows
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, Rejected, to_table
 from pipeline.store import Stage
 from pipeline.training_data import training_tables
 from tests.conftest import make_config
@@ -64,6 +65,30 @@ def test_rows_are_parted_by_whether_their_passage_is_new(tmp_path: Path) -> None
     assert set(new["passage_id"].to_pylist()) == {"p1"} and set(old["passage_id"].to_pylist()) == {"p0"}
     new, old = split_rows(rows, passages, PreviousRun(None))
     assert (new.num_rows, old.num_rows) == (4, 0)
+
+
+def test_an_update_holds_out_what_was_held_out_before_and_a_tenth_of_what_is_new(tmp_path: Path) -> None:
+    """One passage is new; the others are as they were under other ids, as those of a document that changed."""
+    before, after = str(tmp_path / "before"), str(tmp_path / "after")
+    write_run(before)
+    stage = Stage(before, "filter", ANSWER)
+    stage.open({})
+    stage.commit("000000-00000", [], [Rejected("filter", "aq10", "held_out", "")], 1)
+    stage.close(0)
+    passages = [Passage(f"n{i}", "d", "Mills", 0, 9, f"Mill number {i}.") for i in range(3)]
+    passages.append(Passage("new", "d", "Mills", 0, 9, "Another mill."))
+    kept = PreviousRun(before).rows("question", to_table(passages[:3], PASSAGE).to_pylist())
+    questions = to_table([Question(f"new{n:02d}", "new", "fact", f"What is mill {n}?") for n in range(30)], QUESTION)
+    for name, unit, table in (
+        ("chunk", "000000", to_table(passages, PASSAGE)),
+        ("question", "000000-00000", pa.concat_tables([kept, questions])),
+    ):
+        stage = Stage(after, name, table.schema)
+        stage.open({})
+        stage.commit(unit, [table], [], table.num_rows)
+        stage.close(0)
+    held_out = hold_out(make_config(after, update={"previous_run": before}))
+    assert sorted(held_out.texts) == ["What is mill 0?", "What is mill 1, 0?", "What is mill 1?", "What is mill 2?"]
 
 
 def test_what_a_new_passage_is_asked_is_not_forgotten(tmp_path: Path) -> None:

@@ -115,6 +115,25 @@ def test_words_of_scripts_without_spaces_count() -> None:
     assert is_standalone("\u78e8\u574a\u5efa\u4e8e\u54ea\u4e00\u5e74\uff1f", "\u78e8\u574a\u5efa\u4e8e1874\u5e74\u3002")
 
 
+@pytest.mark.parametrize(
+    ("question", "passage"),
+    [
+        ("केस्ट्रल मिल किस नदी पर स्थित है?", "केस्ट्रल मिल आर्डेन नदी पर स्थित है।"),
+        ("কেস্ট্রেল মিল কোন নদীর তীরে?", "কেস্ট্রেল মিল আর্ডেন নদীর তীরে অবস্থিত।"),
+        ("โรงสีเคสเทรลอยู่ที่ไหน?", "โรงสีเคสเทรลตั้งอยู่บนแม่น้ำอาร์เดน"),
+        ("Πότε χτίστηκε η γέφυρα Κέστρελ;", "1874: χτίστηκε η γέφυρα Κέστρελ."),
+    ],
+)
+def test_questions_of_other_scripts_are_kept(question: str, passage: str) -> None:
+    assert parse_questions(f"1. {question}\n2. Ende") == [question]
+    assert is_standalone(question, passage) and is_about(question, passage)
+
+
+def test_sentences_of_scripts_without_spaces_are_told_apart() -> None:
+    text = "磨坊建于1874年。它磨大麦。镜子很重。"
+    assert "".join(sentences(text)) == text and len(sentences(text)) == 3
+
+
 def test_sentences_keep_the_whole_passage_and_are_never_empty() -> None:
     assert sentences(PASSAGE) == [PASSAGE.partition(". ")[0] + ".", PASSAGE.partition(". ")[2]]
     assert sentences("Mills") == ["Mills"]
