@@ -20,14 +20,14 @@ AS_GIVEN = "as given"
 
 def main() -> int:
     parser = config_parser(__doc__)
-    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help="a setting to vary")
+    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help="a setting to vary; a list in brackets is one value")
     parser.add_argument("--seeds", type=int, default=2, help="so many seeds of the training")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     changes = [AS_GIVEN]
     for varied in options.vary:
         key, _, values = varied.partition("=")
-        changes += [f"{key}={value}" for value in values.split(",")]
+        changes += [f"{key}={value}" for value in ([values] if values.startswith("[") else values.split(","))]
     for change in changes[1:]:  # a wrong one now, not after hours
         load_config(options.config, [*options.overrides, change])
     write_once(options.config, options.overrides)
