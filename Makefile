@@ -1,8 +1,8 @@
-# Every target does the set-up that it needs: Python 3.11 and make are enough to start with.
+# Every target does the set-up that it needs: Python 3.11, make and, on a CPU, a C++ compiler are enough to start with.
 
 PYTHON ?= $(or $(shell command -v python3.11 2>/dev/null),python3)
-# A GPU machine: make setup LOCK=cluster/locks/gpu.txt
-LOCK ?= cluster/locks/cpu.txt
+# A GPU machine: make setup LOCK=cluster/locks/gpu.txt; later targets keep to the lock that .venv was made from.
+LOCK ?= $(or $(shell cat .venv/lock 2>/dev/null),cluster/locks/cpu.txt)
 # More for the command itself: make test ARGS="-k read", make demo ARGS="train.epochs=2"
 ARGS ?=
 
@@ -55,6 +55,7 @@ $(INSTALLED):
 		*) cat .venv/torch.log >&2; exit 1 ;; \
 	esac
 	@$(PIP) install --no-deps -r $(LOCK)
+	@echo $(LOCK) > .venv/lock
 	@touch $@
 
 $(MODEL)/model.safetensors: | $(INSTALLED)

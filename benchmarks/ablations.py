@@ -20,7 +20,13 @@ AS_GIVEN = "as given"
 
 def main() -> int:
     parser = config_parser(__doc__)
-    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help="a setting to vary; a list in brackets is one value")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,VALUE",
+        help="a setting to vary; a list in brackets is one value",
+    )
     parser.add_argument("--seeds", type=int, default=2, help="so many seeds of the training")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)

@@ -53,7 +53,7 @@ def submit(config: str, overrides: list[str], address: str | None, stop_on_inter
     print(f"job {job}: ray job logs --follow {job}", file=sys.stderr)
     try:
         asyncio.run(_follow(client, job))
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         print(f"\nno more of the log ({error}); waiting for the job", file=sys.stderr)
     except KeyboardInterrupt:
         if not stop_on_interrupt:
@@ -64,9 +64,9 @@ def submit(config: str, overrides: list[str], address: str | None, stop_on_inter
     try:
         while not (status := client.get_job_info(job)).status.is_terminal():
             time.sleep(POLL_S)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"the job server is gone ({error}); the job goes on: ray job status {job}, ray job logs --follow {job}"
+            f"the job server does not say how job {job} stands ({error}); when it answers again: ray job status {job}"
         ) from None
     if status.status != JobStatus.SUCCEEDED:
         print(f"job {job}: {status.status}: {status.message}", file=sys.stderr)

@@ -134,7 +134,7 @@ class QuestionSection(Sampling):
     structured: bool = False
     """Force replies into a JSON list of strings; helps larger models, costs the smallest ones variety."""
     max_rounds: int = Field(default=4, ge=1)
-    """Times a passage with an open quota is asked again, each time with another seed."""
+    """Times a passage with an open quota is asked, each time with another seed."""
     max_tokens: int = Field(default=192, ge=32)
     """Longest reply."""
     temperature: float = Field(default=0.8, ge=0, le=2)
@@ -217,7 +217,7 @@ class Train(Section):
     epochs: int = Field(default=4, ge=1)
     """Passes over the answers."""
     learning_rate: float = Field(default=5e-4, gt=0, lt=1)
-    """Peak learning rate of AdamW; shorter steps want less: 2e-4 is best for a 0.5B model at 256 tokens a step."""
+    """Peak learning rate of AdamW; shorter steps and larger models want less."""
     warmup_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises; it then falls linearly to zero."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -277,11 +277,12 @@ class Judge(Section):
 class Evaluate(Section):
     questions: Location | None = None
     """JSONL of questions for measuring only: `question`, `answers` (accepted strings), `context` (its gold passage),
-    and if wanted `kind`; unset: questions that the base model wrote are held out."""
+    and if wanted `kind` and `id`; unset: questions that the base model wrote are held out."""
     max_questions: int | None = Field(default=None, ge=1)
     """Use only the first this many."""
     held_out: int = Field(default=100, ge=0)
-    """Without a file: so many of the written questions, at most a tenth, are kept out of training for measuring."""
+    """Without a file: at most so many of the written questions are kept out of training for measuring: a tenth of those
+    written now and, in an update, those that the previous run kept out."""
     near_duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
     """A training question whose words are this much those of an evaluation question (Jaccard) is not trained on."""
     baselines: list[Literal["sft", "raw_text"]] = []
@@ -417,10 +418,10 @@ class Config(Section):
     run_dir: Location
     """Folder or bucket URI that holds everything one run makes."""
     max_reject_share: float = Field(default=0.9, gt=0, le=1)
-    """A stage that rejects a larger share of its rows stops the run."""
+    """A stage that rejects a larger share of its rows stops the run; duplicates and general prompts do not count."""
     corpora: Location | None = None
-    """Folder of many corpora, one in each of its folders, that get an adapter each; `{corpus}` in any setting stands
-    for the folder's name."""
+    """Folder of many corpora, one in each of its folders, that get an adapter each; `{corpus}` in a setting
+    outside [model] and [cluster] stands for the folder's name."""
     model: Model
     read: Read
     publish: Publish

@@ -193,7 +193,7 @@ class AdapterManifest:
     metric: str  # the score that says most: substring_match of questions with accepted answers, else token_f1
     created: str  # ISO 8601, UTC
     probe: Probe | None
-    forced: dict[str, Any]  # who published it past the gate, why, and past what; empty if it passed
+    forced: dict[str, Any]  # who last published it past the gate, why, and past what; empty if nobody did
     files: dict[str, str]  # path below the version's folder -> SHA-256
 
 

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import httpx
 import ray
-from cachetools import TTLCache
+from cachetools import TTLCache, cached
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray.exceptions import RayActorError, RayTaskError
@@ -43,6 +43,7 @@ from serve.retrieval import Corpora
 
 AUTO = "auto"
 SEARCHES = 4  # at a time
+MANIFEST_SECONDS = 60  # a version that was evaluated anew shows its new scores after so long
 ATTEMPTS = 3  # a replica that dies before its first token costs the client nothing
 log = logging.getLogger("ray.serve")
 
@@ -61,7 +62,7 @@ class Ingress(OpenAiIngress):
         self._corpora = Corpora(self._registry, settings.max_adapter_mb << 20)
         self._searching = ThreadPoolExecutor(SEARCHES, "search")
         self._remembered: TTLCache[Any, Any] = TTLCache(10_000, settings.alias_seconds)
-        self._manifest = lru_cache(10_000)(self._registry.manifest)
+        self._manifest = cached(TTLCache(10_000, MANIFEST_SECONDS), lock=Lock())(self._registry.manifest)
         self._active: Counter[str] = Counter()
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
@@ -189,9 +190,9 @@ class Ingress(OpenAiIngress):
         except Refused:
             return None
         metadata = {
-            key: manifest[key] for key in ("version", "base_model", "base_revision", "rank", "scores", "created")
+            key: manifest[key]
+            for key in ("version", "base_model", "base_revision", "rank", "scores", "metric", "created")
         }
-        metadata["metric"] = manifest.get("metric", "substring_match")
         return {
             "id": version.name,
             "object": "model",
@@ -308,12 +309,11 @@ def _refusal(error: ErrorResponse) -> Refused:
 def _refuse_prompt_logprobs(body: Any) -> None:
     """Refuse what ends vLLM's CPU engine when other adapters' requests are in the same batch.
 
-    With `echo`, vLLM takes the number of the answer's log-probabilities for the prompt, and zero is one; a chat has it
-    unasked.
+    With `echo`, vLLM takes the number of the answer's log-probabilities for the prompt, and zero is one; a chat has
+    zero unasked.
     """
-    if getattr(body, "prompt_logprobs", None) is not None or (
-        getattr(body, "echo", False) and body.logprobs is not None
-    ):
+    is_echoed = getattr(body, "echo", False) and (isinstance(body, ChatCompletionRequest) or body.logprobs is not None)
+    if getattr(body, "prompt_logprobs", None) is not None or is_echoed:
         raise Refused(400, "unsupported", "Log-probabilities of the prompt are not served.")
 
 

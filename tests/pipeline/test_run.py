@@ -270,6 +270,9 @@ def test_the_gate_stops_an_adapter_unless_it_is_forced(finished: tuple[Path, dic
     assert again["forced"]["reason"] == "a test of a version that is there"
     assert json.loads((Path(again["uri"]) / "manifest.json").read_text())["forced"] == again["forced"]
     alias = Path(again["uri"]).parent / "live.json"
+    alias.write_text(json.dumps({"version": "0" * 16, "before": [again["version"]]}))
+    _, err = finish(config, "publish", *settings, "--force", "a test")
+    assert "goes on meaning" in err and json.loads(alias.read_text())["version"] == "0" * 16
     alias.write_text(json.dumps(json.loads(alias.read_text()) | {"retired": [again["version"]]}))
     assert "was retired" in fail(config, "publish", *settings, "--force", "a test")
 
@@ -321,6 +324,7 @@ def test_status_reads_the_run(finished: tuple[Path, dict, Path]) -> None:
     [
         ("answer", "answer.top_k=4", "answer.top_k was 8, is now 4"),
         ("train", "train.epochs=9", "train.epochs was 2, is now 9"),
+        ("question", "model.max_model_len=768", "max_model_len was 1024, is now 768"),
         ("question", "question.per_pasage=3", "did you mean 'per_passage'?"),
         ("train", "train.epochs=many", "train.epochs = 'many'"),
         ("train", "train.learning_rate=7", "train.learning_rate = 7"),

@@ -166,7 +166,7 @@ def test_errors_have_openai_shape_and_hold_no_internals(client: openai.OpenAI, u
         ask(client, "ada", extra_body={"max_tokens": 10_000})
     with pytest.raises(openai.BadRequestError):
         list(ask(client, "ada", extra_body={"max_tokens": 10_000}, stream=True))
-    for body in ({"retrieval": 99}, {"prompt_logprobs": 1}, {"echo": True}):
+    for body in ({"retrieval": 99}, {"prompt_logprobs": 1}, {"echo": True}, {"echo": True, "logprobs": None}):
         with pytest.raises(openai.BadRequestError):
             ask(client, "ada", extra_body=body)
     with pytest.raises(openai.BadRequestError, match="prompt"):
