@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.raylets import ENGINE, local_cluster, until
-from cluster.submit import refuse_relative_paths, submit
+from cluster.submit import connect, refuse_relative_paths, submit
 from pipeline.config import Config, read_settings
 from pipeline.resources import demands, has_labels, model_fits, refuse_small_machine, unmet
 from pipeline.schema import PASSAGE
@@ -170,6 +172,18 @@ def test_a_config_that_would_stay_behind_is_refused(tmp_path: Path, inside: str 
     config = (ROOT / inside if inside else tmp_path) / "corpus.toml"
     with pytest.raises(ValueError, match="does not travel to the cluster"):
         submit(str(config), [], None)
+
+
+def test_a_cluster_that_wants_a_token_says_how_to_give_it() -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ValueError, match="RAY_AUTH_MODE=token"):
+            connect(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
 
 
 def test_paths_must_mean_the_same_on_every_node() -> None:
