@@ -8,6 +8,7 @@ there are, and the spread over the seeds, which are those of the first weights a
 """
 
 import sys
+from math import nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -67,7 +68,9 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
         "substring_match": run["scores"]["adapter"]["substring_match"],
         "token_f1": run["scores"]["adapter"]["token_f1"],
         "kl_to_teacher": run["kl_to_teacher"]["adapter"],
+        "adapter_retrieval": run["scores"].get("adapter_retrieval", {}).get("substring_match"),
         "kl_to_base": run["lost"]["kl_to_base"],
+        "general_questions": run["lost"]["general_questions"]["adapter"],
         "questions_per_passage": run["questions_per_passage"],
         "answers": run["counts"]["answers"],
         "bytes_per_answer_token": run["bytes_per_answer_token"],
@@ -78,7 +81,10 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_head() -> None:
-    print(f"{'setting':30} {'gap closed':>22} {'substring':>9} {'KL teacher':>10} {'KL base':>8} {'train s':>8}")
+    print(
+        f"{'setting':30} {'gap closed':>22} {'substring':>9} {'retrieval':>9} {'KL teacher':>10} {'KL base':>8} "
+        f"{'general':>8} {'train s':>8}"
+    )
 
 
 def print_row(change: str, runs: list[dict[str, Any]]) -> None:
@@ -86,8 +92,9 @@ def print_row(change: str, runs: list[dict[str, Any]]) -> None:
     middle = {name: mean(run[name] for run in runs) for name in runs[0] if runs[0][name] is not None}
     print(
         f"{change:30} {gap['median']:.3f} [{gap['min']:.3f}, {gap['max']:.3f}]".ljust(53)
-        + f" {middle['substring_match']:9.3f} {middle['kl_to_teacher']:10.3f} {middle.get('kl_to_base', 0):8.3f}"
-        f" {middle['train_seconds']:8.0f}",
+        + f" {middle['substring_match']:9.3f} {middle.get('adapter_retrieval', nan):9.3f}"
+        f" {middle['kl_to_teacher']:10.3f} {middle.get('kl_to_base', nan):8.3f}"
+        f" {middle['general_questions']:8.3f} {middle['train_seconds']:8.0f}",
         flush=True,
     )
 

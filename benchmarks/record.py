@@ -118,10 +118,10 @@ def run_branch(
 ) -> tuple[Path, dict[str, Any]]:
     """Run the line with changed settings in a branch; return its folder and summary.
 
-    Only the adapter is asked, and what it is compared with.
+    Only the adapter is asked, and what it is compared with, unless the overrides have `evaluate.retrieval=true`.
     """
     run_dir, own = branch(path, overrides, name, seed)
-    return run_dir, run_pipeline("run", path, *own, "evaluate.retrieval=false", *changes)
+    return run_dir, run_pipeline("run", path, "evaluate.retrieval=false", *own, *changes)
 
 
 def load_written(path: str, overrides: Sequence[str]) -> Config:

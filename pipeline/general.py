@@ -1,12 +1,13 @@
 """Nothing but the base model -> Answers on general matters: what the student must not forget.
 
 In: the base model. Out: answers without a passage, with the base model's own top-k. It writes the prompts itself: given
-the chat template up to where a user's words would stand, an instruct model continues with such words (Magpie, Xu et al.
-2024). Training mixes them in, so that the student stays the base model where the corpus has no say; the unit `held-out`
-is for measuring how far it moved. Where a corpus lost passages, the questions about them are answered likewise.
+the chat template up to a user's first words, an instruct model goes on with others (Magpie, Xu et al. 2024). Training
+mixes them in, so that the student stays the base model where the corpus has no say; the unit `held-out` is for
+measuring how far it moved. Where a corpus lost passages, the questions about them are answered likewise.
 """
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
 from pipeline.answer import answer_table, tail_mass
@@ -58,13 +59,7 @@ class GeneralWriter:
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         engine, settings, before = self._engine, self._settings, self._engine.stats
-        opening = render_user_opening(engine.tokenizer)
-        sampled = engine.complete(
-            [opening] * (SPARE * unit["count"]),
-            seed_of("general prompts", unit["name"], settings.seed),
-            settings,
-            settings.max_tokens,
-        )
+        sampled = self._sample_prompts(unit["name"], SPARE * unit["count"])
         rows: list[tuple[str, str, str, list[int]]] = []
         rejected = []
         for ordinal, (prompt, reason) in enumerate(zip(sampled, reasons_against(sampled, unit["count"]), strict=True)):
@@ -84,6 +79,20 @@ class GeneralWriter:
         table = answer_table(rows, replies)
         stats = engine.stats.since(before) | {"tail_mass_sum": float(tail_mass(table, self._top_k).sum())}
         return self._stage.commit(unit["name"], [table], rejected, len(sampled), stats)
+
+    def _sample_prompts(self, unit_name: str, count: int) -> list[Completion]:
+        """Return prompts as the model completes them, their first words included."""
+        engine, settings = self._engine, self._settings
+        opening = render_user_opening(engine.tokenizer)
+        words = [engine.tokenizer.encode(text, add_special_tokens=False) for text in settings.first_words]
+        words = list(islice(cycle(words), count))
+        seed = seed_of("general prompts", unit_name, settings.seed)
+        prompts = engine.complete([opening + ids for ids in words], seed, settings, settings.max_tokens)
+        texts = [
+            str(engine.tokenizer.decode([*ids, *prompt.token_ids], skip_special_tokens=True))
+            for ids, prompt in zip(words, prompts, strict=True)
+        ]
+        return [prompt._replace(text=text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def forgotten_job(config: Config, base: BaseModel) -> Job:

@@ -21,6 +21,8 @@ from safetensors import safe_open
 
 from benchmarks.raylets import DEADLINE_S
 from pipeline import status
+from pipeline.config import load_config
+from pipeline.engine import load_tokenizer
 from pipeline.schema import ANSWER, QUESTION
 from pipeline.store import Stage
 from tests.pipeline.test_parse import BAD
@@ -90,6 +92,7 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         prompts = 6
         held_out = 4
         max_tokens = 24
+        first_words = ["Name a river"]
         [evaluate]
         questions = "{folder}/questions.jsonl"
         max_tokens = 8
@@ -213,6 +216,14 @@ def test_stored_answers_are_whole(finished: tuple[Path, dict, Path]) -> None:
         assert tokens and len(row["topk_ids"]) == len(row["topk_logprobs"]) == 8 * tokens
         by_token = [row["topk_logprobs"][i : i + 8] for i in range(0, 8 * tokens, 8)]
         assert all(values == sorted(values, reverse=True) and values[0] <= 0 for values in by_token)
+
+
+def test_general_prompts_begin_with_the_first_words(finished: tuple[Path, dict, Path]) -> None:
+    folder, _, config = finished
+    general = Stage(str(folder / "run"), "general", ANSWER)
+    prompts = [row["prompt_ids"] for shard in general.shards() for row in general.read_shard(shard).to_pylist()]
+    tokenizer = load_tokenizer(load_config(config).model.path)
+    assert prompts and all("user\nName a river" in tokenizer.decode(ids) for ids in prompts)
 
 
 def test_the_published_version_is_whole_and_immutable(finished: tuple[Path, dict, Path]) -> None:
