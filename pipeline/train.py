@@ -46,7 +46,7 @@ def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dic
     model = check_manifest(Stage(config.run_dir, "answer", ANSWER).require(), base)
     stage = Stage(config.run_dir, name, ANSWER)
     settings = {
-        "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk"}),
+        "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk", "zero_stage"}),
         "general_share": config.general.share,
         "model": model,
         "input": answers.require()["data_digest"],

@@ -281,7 +281,8 @@ class TrainLoop:
         peft_config = self.student.model.peft_config["default"].to_dict() | {"inference_mode": True}
         adapter.write_json("adapter_config.json", _plain(peft_config))
         self.folder.write_json("history.json", self.history)
-        tail = self.history[-max(1, len(self.history) // 10) :]
+        losses = [entry["loss"] for entry in self.history]
+        tenth = max(1, len(losses) // 10)
         self.folder.write_json(
             "result.json",
             {
@@ -289,8 +290,8 @@ class TrainLoop:
                 "tokens": self.position.tokens,
                 "seconds": round(self.position.seconds, 3),
                 "tokens_per_s": round(self.position.tokens / max(self.position.seconds, 1e-9), 1),
-                "first_loss": self.history[0]["loss"] if self.history else None,
-                "last_loss": float(np.mean([entry["loss"] for entry in tail])) if tail else None,
+                "first_loss": float(np.mean(losses[:tenth])) if losses else None,
+                "last_loss": float(np.mean(losses[-tenth:])) if losses else None,
                 "samples": dict(zip(Groups._fields, self.data.sizes, strict=True)),
             },
         )
