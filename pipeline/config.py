@@ -165,7 +165,9 @@ class General(Sampling):
     """Share of these among the samples of every epoch."""
     held_out: int = Field(default=64, ge=0)
     """Prompts to measure forgetting with; never trained on."""
-    first_words: list[str] = Field(["", "What", "Who", "Where", "When", "Why", "How", "Which", "Tell me"], min_length=1)
+    first_words: list[str] = Field(
+        default=["", "What", "Who", "Where", "When", "Why", "How", "Which", "Tell me"], min_length=1
+    )
     """What the prompts begin with, in turn; the model goes on. After nothing it writes what it was trained on last: one
     for code asks for code."""
     max_tokens: int = Field(default=96, ge=16)
