@@ -94,6 +94,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     from pipeline.retrieve import PassageIndex
 
     config = task.config
+    engine.on_progress = partial(task.stage.write_progress, "questions")
     settings = config.answer.model_copy(
         update={"temperature": 0.0, "per_question": 1, "max_tokens": config.evaluate.max_tokens}
     )

@@ -5,16 +5,20 @@ The engine runs inside the calling process (an actor) and forgets its prefix cac
 that is redone after a crash sees the same batches, and hence the same tokens, as in an undisturbed run.
 """
 
+import io
 import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from pipeline.config import Cluster, Model, Sampling
+from pipeline.store import PROGRESS_S
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,8 +46,26 @@ class EngineStats(NamedTuple):
         return {name: new - old for name, new, old in zip(self._fields, self, before, strict=True)}
 
 
+class _Reporter(tqdm):
+    """vLLM's progress bar, which draws nothing and reports how many requests are finished, of how many."""
+
+    def __init__(self, iterable: Any = None, *, report: Callable[[int, int], None], **options: Any) -> None:
+        self._report = report
+        self._has_reported = False
+        # vLLM iterates over prompts while it takes them in, in no time.
+        disable = iterable is not None
+        super().__init__(
+            iterable, **options, disable=disable, file=io.StringIO(), delay=PROGRESS_S, mininterval=PROGRESS_S
+        )
+
+    def display(self, *_: Any, **__: Any) -> None:
+        if self.n < self.total or self._has_reported:  # of a short call, nothing
+            self._has_reported = True
+            self._report(self.n, self.total)
+
+
 class Engine:
-    """One vLLM engine, with or without adapters."""
+    """One vLLM engine, with or without adapters; whoever sets `on_progress` is told how a call goes on."""
 
     def __init__(self, model: Model, cluster: Cluster, top_k: int = 0, adapter_rank: int = 0) -> None:
         """Load the model; `top_k` and `adapter_rank` are the most that `complete` may be asked for."""
@@ -62,6 +84,7 @@ class Engine:
         self.tokenizer = load_tokenizer(model.path)
         self.max_model_len = model.max_model_len
         self.stats = EngineStats()
+        self.on_progress: Callable[[int, int], None] | None = None
 
     def complete(
         self,
@@ -101,7 +124,7 @@ class Engine:
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             parameters,
-            use_tqdm=False,
+            use_tqdm=partial(_Reporter, report=self.on_progress) if self.on_progress else False,
             lora_request=LoRARequest(adapter, self._adapter_id(adapter), adapter) if adapter else None,
         )
         self.stats = EngineStats(

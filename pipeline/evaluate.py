@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from pipeline.arms import Replies, Task, ask_all, general_questions, search_all
 from pipeline.base_model import BaseModel
@@ -32,7 +33,7 @@ from pipeline.measure import measure_adapters
 from pipeline.prompts import declines
 from pipeline.schema import ANSWER, QUESTION, digest
 from pipeline.score import RIGHT, Points, calibrate, group_means, interval, make_report, substring_match, token_f1
-from pipeline.stage import attempt, start_ray
+from pipeline.stage import attempt, show_progress, start_ray, watching
 from pipeline.store import Folder, Stage
 from pipeline.train import train_adapters
 
@@ -78,7 +79,11 @@ def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False
         if configs[0].evaluate.embedding_model:
             tasks = dict(zip(tasks, call(search_all, worker, list(tasks.values())), strict=True))
         api_key = os.environ.get("OPENAI_API_KEY", "none")  # the driver's: nodes have an environment of their own
-        replies: list[Any] = call(ask_all, engine, list(tasks.values()), api_key)
+        with (
+            tqdm(desc="evaluate", bar_format="{desc}: {elapsed}{postfix}") as bar,
+            watching(partial(show_progress, [task.stage for task in tasks.values()], bar)),
+        ):
+            replies: list[Any] = call(ask_all, engine, list(tasks.values()), api_key)
         measured: list[Any] = call(_measure_all, worker, list(tasks.values()), base.path, replies)
         seconds = (time.monotonic() - started) / len(tasks)
         for (number, task), said, found in zip(tasks.items(), replies, measured, strict=True):

@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,13 +28,14 @@ from tqdm import tqdm
 from pipeline.config import Cluster
 from pipeline.resources import cluster_address, this_machine
 from pipeline.schema import digest
-from pipeline.store import Stage, Unit
+from pipeline.store import PROGRESS_S, Stage, Unit
 
 CODE = Path(__file__).resolve().parent.parent
 # What workers do not need of it; the code alone is well under a megabyte.
 NOT_CODE = [".git", ".venv", ".models", "runs", "registry", "tests", "benchmarks/results", "**/__pycache__"]
 _OBJECT_STORE = 256 << 20  # bytes; rows stay in shards, so only unit names pass through it
 SMALL_PIECES = 128  # the work ends with so many pieces, at least, of a single unit
+WATCHED_STAGES = 64  # of more than these, their units move the bar
 MAX_DEATHS = 8  # of actors over the same piece of work; with one more, the run gives up
 
 
@@ -63,6 +66,8 @@ def start_ray(cluster: Cluster) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # A unit may take hours on a CPU, and so may the wait for a node; Ray Data would give up after half an hour.
+    context.execution_no_progress_timeout_s = -1
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
@@ -121,17 +126,15 @@ class _UnitActor:
         # Ray would load models in one thread and call them in another. OpenMP gives each thread that computes a team of
         # its own, and two teams on the same cores put each other to sleep at every barrier: a third of the speed.
         self._thread = ThreadPoolExecutor(1)
-        self._workers = self._thread.submit(self._make_workers, jobs, actors).result()
+        self._engine: Any = self._thread.submit(actors.load_engine).result() if actors.load_engine else None
+        self._workers = self._thread.submit(self._make_workers, jobs).result()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (text,) = batch["work"].to_pylist()
         return pa.table({"done": [self._thread.submit(self._do_units, text).result()]})
 
-    @staticmethod
-    def _make_workers(
-        jobs: list[tuple[Stage, type[Worker], dict[str, Any]]], actors: Actors
-    ) -> list[tuple[Stage, Worker]]:
-        shared = {} if actors.load_engine is None else {"engine": actors.load_engine()}
+    def _make_workers(self, jobs: list[tuple[Stage, type[Worker], dict[str, Any]]]) -> list[tuple[Stage, Worker]]:
+        shared = {"engine": self._engine} if self._engine else {}
         return [(stage, worker(**arguments, **shared)) for stage, worker, arguments in jobs]
 
     def _do_units(self, text: str) -> str:
@@ -143,10 +146,42 @@ class _UnitActor:
             # Another actor may have died in the midst of this piece of work.
             committed = stage.find_unit(unit["name"])
             if committed is None:
+                if self._engine:
+                    self._engine.on_progress = partial(stage.write_progress, unit["name"])
                 committed = worker.do_unit(unit)
                 record_unit(stage, committed)
             done.append(asdict(committed))
         return json.dumps(done)
+
+
+@contextlib.contextmanager
+def watching(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every few seconds of the block, from a thread, and once at its end."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        is_last = False
+        while not is_last:
+            is_last = is_over.wait(PROGRESS_S / 2)
+            with contextlib.suppress(OSError):
+                look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def show_progress(stages: list[Stage], bar: tqdm) -> None:
+    """Show beside the bar how many requests the engines have finished of those of their units."""
+    sums: dict[str, Counter[str]] = {}
+    for stage in stages if len(stages) <= WATCHED_STAGES else []:
+        sums.setdefault(stage.name, Counter()).update(stage.read_progress())
+    texts = [f"{name} {of['finished']}/{of['requests']} requests" for name, of in sums.items() if of]
+    bar.set_postfix_str(", ".join(texts))
 
 
 def attempt(call: Callable[[], Any]) -> Any:
@@ -190,7 +225,11 @@ def run_stages(jobs: list[Job], actors: Actors, redo: bool = False) -> list[Any]
                     key = (job.stage.run_dir, unit["name"])
                     work[key] = work.get(key, "") + json.dumps([place, unit]) + "\n"
         name = ", ".join(dict.fromkeys(job.stage.name for job in opened.values()))
-        with tqdm(total=total, initial=total - left, desc=name, unit="unit") as bar:
+        stages = [job.stage for job in opened.values()]
+        with (
+            tqdm(total=total, initial=total - left, desc=name, unit="unit") as bar,
+            watching(partial(show_progress, stages, bar)),
+        ):
             for done in _map_work(list(work.values()), list(opened.values()), actors):
                 bar.update(done)
         seconds = time.monotonic() - started

@@ -12,6 +12,7 @@ a killed run redoes the units without a JSON file and touches no other.
     RUN/<stage>/manifest.json                settings, inputs and totals: the stage is complete
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -33,6 +34,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_
 from pipeline.schema import REJECTED, Rejected, digest, to_table
 
 FORMAT = 1  # of a run directory; raise it when a folder that older code wrote cannot be gone on with
+PROGRESS_S = 5.0  # between two reports of work that takes long
 READERS = 16  # requests for units' JSON at a time: a bucket takes tens of milliseconds for each
 SPLIT = "topk_logprobs.list.element"  # Parquet's name of the column that takes the most room
 
@@ -238,6 +240,22 @@ class Stage:
             for start in range(0, len(names), 4 * READERS):
                 for unit in readers.map(folder.read_json, names[start : start + 4 * READERS]):
                     yield Unit(**unit)
+
+    def write_progress(self, unit: str, finished: int, requests: int) -> None:
+        """Say how many of its requests for a unit an engine has finished; what cannot be written is left out."""
+        folder, name = self.folder / "progress", f"{unit}.json"
+        with contextlib.suppress(OSError):
+            if finished < requests:
+                folder.write_json(name, {"finished": finished, "requests": requests})
+            else:
+                folder.delete_file(name)
+
+    def read_progress(self) -> dict[str, int]:
+        """Return the requests, finished and all, of the units that engines are at; {} if there are none."""
+        folder, sums = self.folder / "progress", Counter[str]()
+        for name in folder.list():
+            sums.update(folder.read_json(name) or {})
+        return dict(sums)
 
     def find_unit(self, name: str) -> Unit | None:
         """Return a unit, or None if it is not committed."""

@@ -5,7 +5,6 @@ safetensors), `train/history.json` and the stage's manifest; a baseline's stand 
 """
 
 import sys
-import threading
 import time
 from functools import partial
 from typing import Any
@@ -16,10 +15,9 @@ from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.general import FORGOTTEN
 from pipeline.schema import ANSWER
-from pipeline.stage import attempt, start_ray
+from pipeline.stage import attempt, start_ray, watching
 from pipeline.store import Folder, Stage, open_uri
 
-PROGRESS_S = 5.0
 REFUSAL = "refusal.json"
 
 
@@ -30,7 +28,7 @@ def train_adapters(configs: list[Config], base: BaseModel, redo: bool = False, n
     if todo:
         start_ray(configs[0].cluster)
         started = time.monotonic()
-        with _ProgressBar(list(todo.values())):
+        with tqdm(unit="step") as bar, watching(partial(_show_progress, list(todo.values()), bar)):
             _fit([{"config": configs[number], "base": base, "stage": stage} for number, stage in todo.items()])
         seconds = time.monotonic() - started
         results = {number: stage.folder.read_json("result.json") or {} for number, stage in todo.items()}
@@ -105,42 +103,18 @@ def adapter_of(run_dir: str) -> Folder:
     return Folder(run_dir) / "train" / "adapter"
 
 
-class _ProgressBar:
-    """Shows what the first worker writes into progress.json, from a thread of the driver."""
-
-    def __init__(self, stages: list[Stage]) -> None:
-        self._stages = stages
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        with tqdm(unit="step") as bar:
-            for stage in self._stages:
-                bar.set_description(stage.name if len(self._stages) == 1 else f"{stage.name} {stage.run_dir}")
-                self._show(stage.folder, bar)
-
-    def _show(self, folder: Folder, bar: tqdm) -> None:
-        """Follow one stage to its last step, its refusal, or the end of all."""
-        is_last = False
-        while not is_last:
-            is_last = self._stop.wait(PROGRESS_S / 2) or bool(folder.read_json(REFUSAL))
-            if progress := folder.read_json("progress.json"):
-                bar.total = progress["steps"]
-                bar.set_postfix(
-                    loss=progress["loss"],
-                    tokens_per_s=progress["tokens_per_s"],
-                    left=tqdm.format_interval(progress["seconds_left"]),
-                )
-                bar.n = progress["step"]
-                bar.refresh()
-                is_last = is_last or bar.n == bar.total
+def _show_progress(stages: list[Stage], bar: tqdm) -> None:
+    """Show what the first worker says of the first of these stages; those that have ended leave the list."""
+    while stages:
+        stage = stages[0]
+        bar.set_description(str(stage.folder))
+        if progress := stage.folder.read_json("progress.json"):
+            bar.total, bar.n = progress["steps"], progress["step"]
+            left = tqdm.format_interval(progress["seconds_left"])
+            bar.set_postfix(loss=progress["loss"], tokens_per_s=progress["tokens_per_s"], left=left)
+        if not stage.folder.read_json(REFUSAL) and (progress is None or bar.n < bar.total):
+            return
+        del stages[0]
 
 
 def _fit(tasks: list[dict[str, Any]]) -> None:

@@ -1,10 +1,33 @@
+from functools import partial
+
 import pytest
 
+from pipeline import engine
 from pipeline.config import Cluster, Model
-from pipeline.engine import Engine
+from pipeline.engine import Engine, _Reporter
 
 
 def test_a_cpu_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(OSError, match=r"no-such-compiler.* CXX"):
         Engine(Model(path="never-loaded"), Cluster())
+
+
+def test_a_call_that_takes_long_reports_how_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM uses it: over the prompts first, then once for every request that is finished."""
+    reports: list[tuple[int, int]] = []
+
+    def call(requests: int) -> list[tuple[int, int]]:
+        reports.clear()
+        report = partial(_Reporter, report=lambda *counts: reports.append(counts))
+        assert list(report(range(requests), desc="Rendering prompts")) == list(range(requests))
+        with report(total=requests, desc="Processed prompts", dynamic_ncols=True, postfix="0 toks/s") as bar:
+            for _ in range(requests):
+                assert bar.format_dict["elapsed"] >= 0
+                bar.update(1)
+            bar.refresh()
+        return sorted(set(reports))
+
+    assert call(3) == [], "a call of no time reported"
+    monkeypatch.setattr(engine, "PROGRESS_S", 0)
+    assert call(3) == [(number, 3) for number in range(4)]

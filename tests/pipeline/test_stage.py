@@ -1,29 +1,43 @@
 """Pieces of work: how units are shared out, and what an actor does with a piece that another one had begun."""
 
+import io
 import json
 import multiprocessing
 import os
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from tqdm import tqdm
 
 from pipeline import stage
 from pipeline.config import Cluster
 from pipeline.schema import DOCUMENT, Document, to_table
-from pipeline.stage import SMALL_PIECES, Actors, Job, _pieces, _UnitActor, only, ray_session, run_stages
+from pipeline.stage import (
+    SMALL_PIECES,
+    Actors,
+    Job,
+    _pieces,
+    _UnitActor,
+    only,
+    ray_session,
+    run_stages,
+    show_progress,
+)
 from pipeline.store import Stage, Unit
 
 
 class Letters:
     """Writes a row with the engine's text."""
 
-    def __init__(self, stage: Stage, engine: str) -> None:
+    def __init__(self, stage: Stage, engine: Any) -> None:
         self._stage = stage
-        self._text = engine
+        self._text = engine.text
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         row = Document(unit["name"], "", "", self._text)
@@ -43,10 +57,9 @@ def test_pieces_become_small_and_stay_few() -> None:
 
 def test_what_is_committed_is_not_done_again(tmp_path: Path) -> None:
     stages = [Stage(str(tmp_path), name, DOCUMENT) for name in ("first", "second")]
-    Letters(stages[0], "by one that died").do_unit({"name": "0"})
-    actor = _UnitActor(
-        [(stage, Letters, {"stage": stage}) for stage in stages], Actors(Cluster(), load_engine=lambda: "by another")
-    )
+    Letters(stages[0], SimpleNamespace(text="by one that died")).do_unit({"name": "0"})
+    actors = Actors(Cluster(), load_engine=lambda: SimpleNamespace(text="by another"))
+    actor = _UnitActor([(stage, Letters, {"stage": stage}) for stage in stages], actors)
     lines = [json.dumps([job, {"name": name}]) for name in "01" for job in (0, 1)]
     (done,) = actor(pa.table({"work": ["\n".join(lines)]}))["done"].to_pylist()
     assert [unit["name"] for unit in json.loads(done)] == ["0", "0", "1", "1"]
@@ -70,7 +83,12 @@ def test_one_thread_loads_and_computes(tmp_path: Path) -> None:
     """Two would each have a team of OpenMP threads, and these get in each other's way."""
     letters = Stage(str(tmp_path), "read", DOCUMENT)
     loaders: list[int] = []
-    actors = Actors(Cluster(), load_engine=lambda: loaders.append(threading.get_ident()))
+
+    def load_engine() -> SimpleNamespace:
+        loaders.append(threading.get_ident())
+        return SimpleNamespace(text="")
+
+    actors = Actors(Cluster(), load_engine=load_engine)
     actor = _UnitActor([(letters, Threads, {"stage": letters})], actors)
     for name in "01":
         with ThreadPoolExecutor(1) as other:
@@ -88,6 +106,32 @@ def test_what_is_built_on_a_refused_stage_is_not_begun(tmp_path: Path) -> None:
     assert second.folder.list() == []
 
 
+class Slow(Letters):
+    """Tells how far its engine is, and reads what the driver and `status` then see."""
+
+    def __init__(self, stage: Stage, engine: Any) -> None:
+        super().__init__(stage, engine)
+        self._engine = engine
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        self._engine.on_progress(3, 9)
+        with tqdm(file=io.StringIO()) as bar:
+            show_progress([self._stage], bar)
+            self._text = str(bar.postfix)
+        self._engine.on_progress(9, 9)
+        return super().do_unit(unit)
+
+
+def test_what_an_engine_is_at_is_shown(tmp_path: Path) -> None:
+    letters = Stage(str(tmp_path), "question", DOCUMENT)
+    letters.write_progress("of another engine", 1, 2)
+    actors = Actors(Cluster(), load_engine=lambda: SimpleNamespace(text=""))
+    actor = _UnitActor([(letters, Slow, {"stage": letters})], actors)
+    actor(pa.table({"work": [json.dumps([0, {"name": "0"}])]}))
+    assert letters.read_unit("0")["text"].to_pylist() == ["question 4/11 requests"]
+    assert letters.read_progress() == {"finished": 1, "requests": 2}
+
+
 class Poisoned(Letters):
     """Dies of unit 2, like an engine of a passage that it cannot bear."""
 
@@ -103,11 +147,27 @@ def run_as_driver(job: Job) -> dict[str, Any]:
         return only(run_stages([job], Actors(Cluster(), count=1)))
 
 
+class Lasting(Letters):
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        time.sleep(5)
+        return super().do_unit(unit)
+
+
+@pytest.mark.long
+def test_a_unit_may_take_longer_than_ray_data_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "1")
+    letters = Stage(str(tmp_path), "read", DOCUMENT)
+    arguments = {"stage": letters, "engine": SimpleNamespace(text="text")}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as driver:
+        job = Job(letters, {}, [{"name": "0"}], Lasting, arguments)
+        assert driver.submit(run_as_driver, job).result()["rows_out"] == 1
+
+
 @pytest.mark.long
 def test_a_unit_that_kills_every_actor_is_named_and_the_others_are_done(tmp_path: Path) -> None:
     """A process of its own is the driver: Ray Data keeps the last actor, with its CPU, until the driver ends."""
     letters = Stage(str(tmp_path), "read", DOCUMENT)
-    arguments = {"stage": letters, "engine": "text"}
+    arguments = {"stage": letters, "engine": SimpleNamespace(text="text")}
     units = [{"name": str(number)} for number in range(5)]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as driver:
         job = Job(letters, {}, units, Poisoned, arguments)
