@@ -9,6 +9,7 @@ a killed run redoes the units without a JSON file and touches no other.
     RUN/<stage>/data/<unit>-<n>.parquet      rows
     RUN/<stage>/rejected/<unit>.parquet      rejected rows of the unit, if any
     RUN/<stage>/units/<unit>.json            counts and shard names: the unit is committed
+    RUN/<stage>/progress/<unit>.json         how many requests an engine has finished for a unit
     RUN/<stage>/manifest.json                settings, inputs and totals: the stage is complete
 """
 
@@ -160,6 +161,7 @@ class Folder:
         filesystem, path = open_uri(self.uri)
         filesystem.delete_file(f"{path}/{name}")
 
+    @_again
     def delete(self) -> None:
         filesystem, path = open_uri(self.uri)
         if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
@@ -375,6 +377,7 @@ class Stage:
             **(extra or {}),
         }
         self.folder.write_json("manifest.json", manifest)
+        (self.folder / "progress").delete()
         return manifest
 
 

@@ -130,6 +130,8 @@ def test_what_an_engine_is_at_is_shown(tmp_path: Path) -> None:
     actor(pa.table({"work": [json.dumps([0, {"name": "0"}])]}))
     assert letters.read_unit("0")["text"].to_pylist() == ["question 4/11 requests"]
     assert letters.read_progress() == {"finished": 1, "requests": 2}
+    letters.close(seconds=0)
+    assert letters.read_progress() == {}
 
 
 class Poisoned(Letters):
