@@ -66,6 +66,7 @@ def start_ray(cluster: Cluster) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # what they advise is for whoever writes the code
     # A unit may take hours on a CPU, and so may the wait for a node; Ray Data would give up after half an hour.
     context.execution_no_progress_timeout_s = -1
     logging.getLogger("ray.data").setLevel(logging.WARNING)
