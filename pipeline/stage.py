@@ -226,10 +226,10 @@ def run_stages(jobs: list[Job], actors: Actors, redo: bool = False) -> list[Any]
                     key = (job.stage.run_dir, unit["name"])
                     work[key] = work.get(key, "") + json.dumps([place, unit]) + "\n"
         name = ", ".join(dict.fromkeys(job.stage.name for job in opened.values()))
-        stages = [job.stage for job in opened.values()]
+        at_engines = [job.stage for job in opened.values()] if actors.load_engine else []
         with (
             tqdm(total=total, initial=total - left, desc=name, unit="unit") as bar,
-            watching(partial(show_progress, stages, bar)),
+            watching(partial(show_progress, at_engines, bar)),
         ):
             for done in _map_work(list(work.values()), list(opened.values()), actors):
                 bar.update(done)

@@ -57,7 +57,7 @@ def read_status(config: Config) -> dict[str, Any]:
         if tokens := totals["stats"].get("output_tokens"):
             entry["output_tokens"] = tokens
             entry["tokens_per_s"] = round(tokens / max(totals["stats"]["engine_seconds"], 1e-9), 1)
-        if progress := stage.folder.read_json("progress.json") or stage.read_progress():
+        if progress := stage.folder.read_json("progress.json") or (manifest is None and stage.read_progress()):
             entry["progress"] = progress
         stages[name] = entry
     return {"run_dir": config.run_dir, "stages": stages}

@@ -107,11 +107,12 @@ def _show_progress(stages: list[Stage], bar: tqdm) -> None:
     """Show what the first worker says of the first of these stages; those that have ended leave the list."""
     while stages:
         stage = stages[0]
-        bar.set_description(str(stage.folder))
+        bar.set_description(str(stage.folder), refresh=False)
         if progress := stage.folder.read_json("progress.json"):
             bar.total, bar.n = progress["steps"], progress["step"]
             left = tqdm.format_interval(progress["seconds_left"])
-            bar.set_postfix(loss=progress["loss"], tokens_per_s=progress["tokens_per_s"], left=left)
+            bar.set_postfix(refresh=False, loss=progress["loss"], tokens_per_s=progress["tokens_per_s"], left=left)
+        bar.refresh()
         if not stage.folder.read_json(REFUSAL) and (progress is None or bar.n < bar.total):
             return
         del stages[0]
