@@ -38,7 +38,7 @@ def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
 
 
 class AnswerWriter:
-    """One unit is the questions about one shard of passages; those of a previous run keep their answers."""
+    """One unit is the questions about one shard of passages; those of a previous run keep theirs."""
 
     def __init__(self, run_dir: str, settings: AnswerSection, engine: Engine, previous_run: str | None = None) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
@@ -50,11 +50,12 @@ class AnswerWriter:
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
-        kept = self._previous.rows("answer", [passage for passage in passages if self._previous.holds(passage)])
-        new = {row["passage_id"]: row for row in passages if not self._previous.holds(row)}
-        questions = [row for row in self._questions.read_unit(unit["name"]).to_pylist() if row["passage_id"] in new]
+        kept = self._previous.rows("answer", list(filter(self._previous.holds, passages)))
+        new, _ = self._previous.split(self._questions.read_unit(unit["name"]), passages)
         before = self._engine.stats
-        written, rejected = answer_questions(self._engine, new, questions, self._settings)
+        written, rejected = answer_questions(
+            self._engine, {row["passage_id"]: row for row in passages}, new.to_pylist(), self._settings
+        )
         table = pa.concat_tables([kept, written])
         stats = self._engine.stats.since(before) | {
             "answer_tokens": float(len(table["answer_ids"].combine_chunks().flatten())),
@@ -62,7 +63,7 @@ class AnswerWriter:
             "tail_mass_sum": float(tail_mass(table, self._settings.top_k).sum()),
         }
         return self._answers.commit(
-            unit["name"], [table], rejected, kept.num_rows + len(questions) * self._settings.per_question, stats
+            unit["name"], [table], rejected, kept.num_rows + new.num_rows * self._settings.per_question, stats
         )
 
 

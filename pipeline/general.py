@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipeline.answer import answer_table, tail_mass
 from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
-from pipeline.previous import PreviousRun, previous_settings, split_rows
+from pipeline.previous import PreviousRun, previous_settings
 from pipeline.prompts import normalise, student_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
@@ -127,7 +130,8 @@ class ForgottenWriter:
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         engine, settings, before = self._engine, self._settings, self._engine.stats
         passages = self._passages.read_shard(f"{unit['name']}.parquet")
-        questions, _ = split_rows(self._questions.read_unit(unit["name"]), passages, self._now)
+        gone = pa.array([row["passage_id"] for row in passages.to_pylist() if not self._now.holds(row)], pa.string())
+        questions = self._questions.read_unit(unit["name"]).filter(pc.field("passage_id").isin(gone))
         rows = []
         for question in questions.to_pylist():
             prompt = render_chat(engine.tokenizer, student_chat(question["text"]))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import Config, Evaluate
-from pipeline.previous import PreviousRun, split_rows
+from pipeline.previous import PreviousRun
 from pipeline.prompts import normalise, titled
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.store import Stage, open_uri
@@ -117,9 +117,9 @@ def _untrained_questions(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
         held.setdefault(row["passage_id"], []).append(row["question_id"])
     for unit in questions.units():
         rows = questions.read_unit(unit.name).select(columns)
-        about = passages.read_shard(f"{unit.name}.parquet")
-        new, old = split_rows(rows, about, previous)
-        ids = pa.array(sorted(previous.ids_now(held, about.to_pylist())), pa.string())
+        about = passages.read_shard(f"{unit.name}.parquet").to_pylist()
+        new, old = previous.split(rows, about)
+        ids = pa.array(sorted(previous.ids_now(held, about)), pa.string())
         yield new, old.filter(pc.field("question_id").isin(ids))
 
 

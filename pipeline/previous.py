@@ -33,6 +33,10 @@ class PreviousRun:
         self._stages = {"question": Stage(run_dir, "question", QUESTION), "answer": Stage(run_dir, "answer", ANSWER)}
         self._read = lru_cache(CACHED_UNITS)(lambda stage, unit: self._stages[stage].read_unit(unit))
 
+    def id_there(self, passage: dict[str, Any]) -> str | None:
+        """Return what the passage is called there, if it stood there."""
+        return self._passages.get(_key(passage), (None, None))[1]
+
     def holds(self, passage: dict[str, Any]) -> bool:
         """Say whether this heading and text stood there."""
         return _key(passage) in self._passages
@@ -41,6 +45,12 @@ class PreviousRun:
         """Return what the stage `question` or `answer` has about these passages, all of which it must hold."""
         schema = {"question": QUESTION, "answer": ANSWER}[stage]
         return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in passages)])
+
+    def split(self, rows: pa.Table, passages: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
+        """Part the rows about some passages into those about questions that are new, and those that it has."""
+        had = self.rows("question", list(filter(self.holds, passages)))["question_id"]
+        is_had = pc.field("question_id").isin(had.combine_chunks())
+        return rows.filter(~is_had), rows.filter(is_had)
 
     def ids_now(self, ids: dict[str, list[str]], passages: list[dict[str, Any]]) -> set[str]:
         """Return what rows are called in the new run; `ids` are theirs here, by the passage that they are about."""
@@ -88,10 +98,3 @@ def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:
                 "same, or remove update.previous_run"
             )
     return {"previous": previous["data_digest"]}
-
-
-def split_rows(rows: pa.Table, passages: pa.Table, previous: PreviousRun) -> tuple[pa.Table, pa.Table]:
-    """Part the rows about some passages into those about new ones and those about passages that stood there before."""
-    old = [row["passage_id"] for row in passages.to_pylist() if previous.holds(row)]
-    is_old = pc.field("passage_id").isin(pa.array(old, pa.string()))
-    return rows.filter(~is_old), rows.filter(is_old)

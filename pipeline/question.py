@@ -7,6 +7,7 @@ other seeds for a bounded number of rounds.
 
 import math
 from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from pipeline.prompts import (
 from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, seed_of, to_table
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
+from pipeline.weak import weak_passages
 
 
 class Call(NamedTuple):
@@ -44,40 +46,58 @@ class Call(NamedTuple):
 
 def question_job(config: Config, base: BaseModel) -> Job:
     """Describe the stage; it needs the complete chunk stage."""
-    passages = Stage(config.run_dir, "chunk", PASSAGE)
+    passages, settings = Stage(config.run_dir, "chunk", PASSAGE), config.question
+    if config.update.weak_share:  # the same requests again would give the same questions
+        had = Stage(str(config.update.previous_run), "question", QUESTION).require()["settings"]["question"]["seed"]
+        settings = settings.model_copy(update={"seed": max(settings.seed, had + 1)})
+    weak = weak_passages(config)
     return Job(
         Stage(config.run_dir, "question", QUESTION),
         {
-            "question": config.question.model_dump(),
+            "question": settings.model_dump(),
             "max_model_len": config.model.max_model_len,
             "model": base.identity(),
             "prompts": prompts_digest(),
             "input": passages.require()["data_digest"],
+            **({"weak": digest(*sorted(weak))} if weak else {}),
             **previous_settings(config, base),
         },
         [{"name": shard.removesuffix(".parquet")} for shard in passages.shards()],
         QuestionWriter,
-        {"run_dir": config.run_dir, "settings": config.question, "previous_run": config.update.previous_run},
+        {"run_dir": config.run_dir, "settings": settings, "previous_run": config.update.previous_run, "weak": weak},
         config.max_reject_share,
     )
 
 
 class QuestionWriter:
-    """One unit is one shard of passages; those of a previous run keep their questions."""
+    """One unit is one shard of passages; those of a previous run keep their questions, and the weak ones get more."""
 
     def __init__(
-        self, run_dir: str, settings: QuestionSection, engine: Engine, previous_run: str | None = None
+        self,
+        run_dir: str,
+        settings: QuestionSection,
+        engine: Engine,
+        previous_run: str | None = None,
+        weak: Collection[str] = (),
     ) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
         self._settings = settings
         self._engine = engine
         self._previous = PreviousRun(previous_run)
+        self._weak = weak
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
-        kept = self._previous.rows("question", [passage for passage in passages if self._previous.holds(passage)])
-        quotas = [_Quota(passage, self._settings) for passage in passages if not self._previous.holds(passage)]
+        kept = self._previous.rows("question", list(filter(self._previous.holds, passages)))
+        had: dict[str, list[str]] = {}
+        for row in kept.to_pylist():
+            had.setdefault(row["passage_id"], []).append(row["text"])
+        quotas = [
+            _Quota(passage, self._settings, had.get(passage["passage_id"], []))
+            for passage in passages
+            if (there := self._previous.id_there(passage)) is None or there in self._weak
+        ]
         before = self._engine.stats
         for round_ in range(self._settings.max_rounds):
             calls = [(quota, call) for quota in quotas for call in quota.open_calls(round_)]
@@ -118,7 +138,7 @@ class QuestionWriter:
 class _Quota:
     """The questions of one passage: how many of each kind are still wanted, what was kept and what rejected."""
 
-    def __init__(self, passage: dict[str, Any], settings: QuestionSection) -> None:
+    def __init__(self, passage: dict[str, Any], settings: QuestionSection, had: Sequence[str] = ()) -> None:
         self._passage = passage
         self._settings = settings
         self._sentences = sentences(passage["text"])
@@ -129,7 +149,7 @@ class _Quota:
             kind: share + (index < rest) for index, kind in enumerate(settings.kinds)
         }
         self._asked = Counter[QuestionKind]()
-        self._seen: set[str] = set()
+        self._seen = set(map(normalise, had))
         self.questions: list[Question] = []
         self.rejected: list[Rejected] = []
 

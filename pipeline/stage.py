@@ -120,6 +120,11 @@ class Actors:
     labels: dict[str, str] | None = None  # of the nodes that they may run on
 
 
+def training_actors(cluster: Cluster) -> Actors:
+    """Return actors that are as many and as large as the workers of a training."""
+    return Actors(cluster, cluster.num_workers, cluster.worker_cpus, cluster.worker_gpus, labels=cluster.worker_labels)
+
+
 class _UnitActor:
     """What Ray Data calls: a row with a line of JSON per [job, unit] in, a row with that of the committed units out."""
 

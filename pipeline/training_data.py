@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.engine import load_tokenizer
 from pipeline.general import FORGOTTEN, HELD_OUT
 from pipeline.held_out import NearQuestions, hold_out
-from pipeline.previous import PreviousRun, split_rows
+from pipeline.previous import PreviousRun
 from pipeline.prompts import titled
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
@@ -47,10 +47,10 @@ def training_tables(config: Config) -> Groups:
 
 
 def _split(config: Config, name: str, schema: pa.Schema, previous: PreviousRun) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Yield the rows of every unit, those about new passages and those about what the previous run has, too."""
+    """Yield the rows of every unit: those about new questions, and those about questions of the previous run."""
     stage, passages = Stage(config.run_dir, name, schema), Stage(config.run_dir, "chunk", PASSAGE)
     for unit in stage.units():
-        yield split_rows(stage.read_unit(unit.name), passages.read_shard(f"{unit.name}.parquet"), previous)
+        yield previous.split(stage.read_unit(unit.name), passages.read_shard(f"{unit.name}.parquet").to_pylist())
 
 
 def _removed_answers(config: Config, previous: PreviousRun) -> Iterator[pa.Table]:

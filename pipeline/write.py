@@ -16,6 +16,7 @@ from pipeline.question import question_job
 from pipeline.schema import ANSWER
 from pipeline.stage import Actors, Job, attempt, run_stages
 from pipeline.store import Stage
+from pipeline.weak import measure_passages
 
 PARTS = ("question", "answer", "general")
 
@@ -26,7 +27,13 @@ def write(configs: list[Config], base: BaseModel, redo: bool = False, stages: tu
     The corpora share model and settings, so the general answers are written once, for the first, and copied; not even
     once if a previous run has them.
     """
-    planned = [attempt(partial(_jobs, config, base, redo, stages)) for config in configs]
+    measured: list[Any] = [None] * len(configs)
+    if configs[0].update.weak_share and "question" in stages:
+        measured = measure_passages(configs, base, redo)
+    planned = [
+        weak if isinstance(weak, ValueError) else attempt(partial(_jobs, config, base, redo, stages))
+        for config, weak in zip(configs, measured, strict=True)
+    ]
     plans = [plan for plan in planned if not isinstance(plan, ValueError)]
     copies = [plan.pop("general") for plan in plans[1:] if "general" in plan]
     jobs = [job for plan in plans for job in plan.values()]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.held_out import hold_out
-from pipeline.previous import PreviousRun, split_rows
+from pipeline.previous import PreviousRun
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, Rejected, to_table
 from pipeline.store import Stage
 from pipeline.training_data import training_tables
@@ -57,14 +57,17 @@ def test_two_passages_of_the_same_text_give_rows_with_ids_of_their_own(tmp_path:
     assert answers["question_id"].to_pylist() == questions["question_id"].to_pylist(), "every answer has its question"
 
 
-def test_rows_are_parted_by_whether_their_passage_is_new(tmp_path: Path) -> None:
+def test_rows_are_parted_by_whether_their_question_is_new(tmp_path: Path) -> None:
+    """Mill 0 stood there and is asked one question more; the other passage is new."""
     write_run(str(tmp_path))
-    passages = pa.Table.from_pylist([passage("p0", "Mill number 0."), passage("p1", "Another mill.")])
-    rows = Stage(str(tmp_path), "question", QUESTION).read_unit("000000-00000").slice(0, 4)
-    new, old = split_rows(rows, passages, PreviousRun(str(tmp_path)))
-    assert set(new["passage_id"].to_pylist()) == {"p1"} and set(old["passage_id"].to_pylist()) == {"p0"}
-    new, old = split_rows(rows, passages, PreviousRun(None))
-    assert (new.num_rows, old.num_rows) == (4, 0)
+    passages = [passage("p0", "Mill number 0."), passage("new", "Another mill.")]
+    rows = to_table(
+        [Question(name, about, "fact", "") for name, about in (("q00", "p0"), ("more", "p0"), ("q", "new"))], QUESTION
+    )
+    new, old = PreviousRun(str(tmp_path)).split(rows, passages)
+    assert new["question_id"].to_pylist() == ["more", "q"] and old["question_id"].to_pylist() == ["q00"]
+    new, old = PreviousRun(None).split(rows, passages)
+    assert (new.num_rows, old.num_rows) == (3, 0)
 
 
 def test_an_update_holds_out_what_was_held_out_before_and_a_tenth_of_what_is_new(tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ def test_every_candidate_becomes_a_question_or_a_rejected_row() -> None:
     assert not quota.is_full
 
 
+def test_what_a_passage_was_asked_before_is_not_asked_again() -> None:
+    quota = _Quota(PASSAGE, SETTINGS, had=["Who built the Kestrel Mill?"])
+    quota.take(quota.open_calls(0)[0], "1. Who built the Kestrel mill?\n2. When was the Kestrel Mill built?")
+    assert [question.text for question in quota.questions] == ["When was the Kestrel Mill built?"]
+    assert [row.reason for row in quota.rejected] == ["duplicate_question"]
+
+
 def test_calls_of_a_kind_walk_through_the_sentences() -> None:
     quota = _Quota(PASSAGE, SETTINGS)
     asked = [quota.chat(call)[-1]["content"] for call in quota.open_calls(0) if call.kind == "fact"]

@@ -25,6 +25,7 @@ from pipeline.config import load_config
 from pipeline.engine import load_tokenizer
 from pipeline.schema import ANSWER, QUESTION
 from pipeline.store import Stage
+from tests.conftest import rows
 from tests.pipeline.test_parse import BAD
 from tests.serve.conftest import endpoint
 
@@ -150,9 +151,9 @@ def digests(folder: Path) -> dict[str, str]:
 def ids(run_dir: Path, stage: str) -> list[str]:
     """First column of all rows and of all rejected rows: their ids."""
     reader = Stage(str(run_dir), stage, SCHEMAS[stage])
-    rows = [row for shard in reader.shards() for row in reader.read_shard(shard).column(0).to_pylist()]
+    kept = [row for shard in reader.shards() for row in reader.read_shard(shard).column(0).to_pylist()]
     rejected = [row.replace(str(run_dir.parent), "") for row in reader.read_rejected()["record_id"].to_pylist()]
-    return sorted(rows + [f"rejected {row}" for row in rejected])
+    return sorted(kept + [f"rejected {row}" for row in rejected])
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +323,23 @@ def test_an_update_writes_about_what_changed_alone(finished: tuple[Path, dict, P
     assert general["seconds"] == 0, "general answers were written again"
     assert general["data_digest"] == Stage(str(before), "general", ANSWER).require()["data_digest"]
     assert "previous" in result["scores"] and "retrieval" not in result["scores"]
+
+
+def test_a_second_round_asks_weak_passages_for_other_questions(
+    finished: tuple[Path, dict, Path], tmp_path: Path
+) -> None:
+    folder, _, config = finished
+    settings = (f"run_dir={tmp_path}/run", f"update.previous_run={folder}/run", "update.weak_share=1.0")
+    for command in ("read", "chunk", "write"):
+        finish(config, command, *settings)
+    asked, before = (Stage(str(run), "question", QUESTION) for run in (tmp_path / "run", folder / "run"))
+    had = {row["question_id"] for row in rows(before)}
+    questions = rows(asked)
+    assert asked.require()["stats"]["passages"] == before.require()["stats"]["passages"]
+    assert had < {row["question_id"] for row in questions}
+    assert len({(row["passage_id"], row["text"].lower()) for row in questions}) == len(questions)
+    answered = {row["question_id"] for row in rows(Stage(str(tmp_path / "run"), "answer", ANSWER))}
+    assert answered == {row["question_id"] for row in questions}
 
 
 def test_status_reads_the_run(finished: tuple[Path, dict, Path]) -> None:
