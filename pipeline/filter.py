@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
-from pipeline.prompts import content_words, normalise, sentences, speaks_of_text
+from pipeline.prompts import content_words, invents_number, normalise, sentences, speaks_of_text, titled
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
 from pipeline.stage import Actors, Job, run_alike, training_actors
 from pipeline.store import Stage, Unit
@@ -72,7 +72,7 @@ class AnswerFilter:
         passages = {row["passage_id"]: row for row in self._chunk.read_shard(f"{unit['name']}.parquet").to_pylist()}
         texts = {row["question_id"]: row["text"] for row in self._question.read_unit(unit["name"]).to_pylist()}
         answers = self._answers.read_unit(unit["name"])
-        reasons = find_reasons(answers, texts, self._settings)
+        reasons = find_reasons(answers, texts, passages, self._settings)
         for index, question_id in enumerate(answers["question_id"].to_pylist()):
             if reasons[index] is None and question_id in self._held_out.ids:
                 reasons[index] = "held_out"
@@ -96,19 +96,23 @@ class AnswerFilter:
         )
 
 
-def find_reasons(answers: pa.Table, questions: dict[str, str], settings: FilterSection) -> list[REASONS | None]:
-    """Return for every answer why it is rejected, or None; `questions` maps question ids to texts."""
+def find_reasons(
+    answers: pa.Table, questions: dict[str, str], passages: dict[str, dict[str, Any]], settings: FilterSection
+) -> list[REASONS | None]:
+    """Return for every answer why it is rejected, or None; `questions` maps ids to texts, `passages` ids to rows."""
     seen: set[tuple[str, str]] = set()
     reasons: list[REASONS | None] = []
-    columns = ("question_id", "text", "finish_reason")
+    columns = ("question_id", "passage_id", "text", "finish_reason")
     for row in answers.select(columns).to_pylist():
         key = (row["question_id"], normalise(row["text"]))
-        reasons.append(_reason(row, questions[row["question_id"]], settings, key in seen))
+        passage = passages[row["passage_id"]]
+        text = titled(passage["text"], passage["heading"])
+        reasons.append(_reason(row, questions[row["question_id"]], text, settings, key in seen))
         seen.add(key)
     return reasons
 
 
-def _reason(row: dict[str, str], question: str, settings: FilterSection, is_seen: bool) -> REASONS | None:
+def _reason(row: dict[str, str], question: str, passage: str, settings: FilterSection, is_seen: bool) -> REASONS | None:
     text = normalise(row["text"])
     if not text:
         return "empty"
@@ -118,6 +122,8 @@ def _reason(row: dict[str, str], question: str, settings: FilterSection, is_seen
         return "echoes_question"
     if settings.reject_leak_phrases and speaks_of_text(row["text"]):
         return "leak_phrase"
+    if settings.reject_invented_numbers and invents_number(row["text"], f"{passage}\n{question}"):
+        return "invented_number"
     return "duplicate_answer" if is_seen else None
 
 

@@ -115,6 +115,8 @@ _DECLINES = re.compile(
     re.IGNORECASE,
 )
 _GRADE = re.compile(r"\bgrade:\W*(correct|wrong)\b", re.IGNORECASE)
+_LIST_NUMBER = re.compile(r"^\s*\d+[.):]\s", re.MULTILINE)
+_NUMBER = re.compile(r"\d[\d.,]*\d")  # of two digits or more; smaller ones are often spelt out
 _ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(.+)$")
 # Scripts that put no spaces between words, their punctuation, and emoji.
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff"
@@ -335,6 +337,15 @@ def content_words(text: str) -> set[str]:
 def speaks_of_text(text: str) -> bool:
     """True if the text speaks of "the passage", "the article" and the like instead of the subject."""
     return bool(_LEAK.search(text))
+
+
+def invents_number(answer: str, source: str) -> bool:
+    """True if the answer has a number that its source lacks, other than those of a list's items."""
+    return not _numbers(_LIST_NUMBER.sub("", answer)) <= _numbers(source)
+
+
+def _numbers(text: str) -> set[str]:
+    return {re.sub("[.,]", "", number) for number in _NUMBER.findall(text)}
 
 
 def is_standalone(question: str, passage: str) -> bool:

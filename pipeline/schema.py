@@ -37,6 +37,7 @@ REASONS = Literal[
     # answer and filter
     "unfinished",
     "leak_phrase",
+    "invented_number",
     "echoes_question",
     "duplicate_answer",
     "nothing_to_learn",

@@ -30,6 +30,7 @@ def answers(*rows: tuple[str, str, str]) -> pa.Table:
 
 
 QUESTIONS = {"q": "Who built the mill?", "r": "When was the mill built?"}
+PASSAGES = {"p": {"heading": "Mills of 1880", "text": "Rosa Lindqvist built the mill in 1874, for 2,400 crowns."}}
 
 
 @pytest.mark.parametrize(
@@ -40,21 +41,24 @@ QUESTIONS = {"q": "Who built the mill?", "r": "When was the mill built?"}
         ("Rosa Lindqvist built the", "length", "unfinished"),
         ("who built the mill", "stop", "echoes_question"),
         ("According to the passage, Rosa Lindqvist.", "stop", "leak_phrase"),
+        ("Rosa Lindqvist, in 1874, for 2400 crowns; it is 1 of the mills of 1880.", "stop", None),
+        ("1. Rosa Lindqvist\n12. Others", "stop", None),
+        ("Rosa Lindqvist, in 1875.", "stop", "invented_number"),
     ],
 )
 def test_reasons(text: str, finish_reason: str, reason: str | None) -> None:
-    assert find_reasons(answers(("q", text, finish_reason)), QUESTIONS, FilterSection()) == [reason]
+    assert find_reasons(answers(("q", text, finish_reason)), QUESTIONS, PASSAGES, FilterSection()) == [reason]
 
 
 def test_only_the_same_answer_to_the_same_question_is_a_duplicate() -> None:
     table = answers(("q", "In 1874.", "stop"), ("q", "in 1874", "stop"), ("r", "In 1874.", "stop"))
-    assert find_reasons(table, QUESTIONS, FilterSection()) == [None, "duplicate_answer", None]
+    assert find_reasons(table, QUESTIONS, PASSAGES, FilterSection()) == [None, "duplicate_answer", None]
 
 
-def test_unfinished_and_leaking_answers_are_kept_on_request() -> None:
-    table = answers(("q", "The text says Rosa", "length"))
-    settings = FilterSection(keep_unfinished=True, reject_leak_phrases=False)
-    assert find_reasons(table, QUESTIONS, settings) == [None]
+def test_unfinished_leaking_and_inventing_answers_are_kept_on_request() -> None:
+    table = answers(("q", "The text says 1875 and", "length"))
+    settings = FilterSection(keep_unfinished=True, reject_leak_phrases=False, reject_invented_numbers=False)
+    assert find_reasons(table, QUESTIONS, PASSAGES, settings) == [None]
 
 
 def test_coverage_counts_sentences_that_a_pair_touches() -> None:
