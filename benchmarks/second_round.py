@@ -2,10 +2,11 @@
 
     python -m benchmarks.second_round CONFIG [KEY=VALUE ...] [--share 0.5 --seeds 2 --name NAME]
 
-The config's run is the first round. From its adapter two others go on, with as many new questions: one about a share of
-the passages, the weakest (`update.weak_share`), the other about all of them. Both train the same epochs over the new
-answers, with old ones among them. What limits it: the number of evaluation questions, and the spread over the seeds,
-which are those of the order of the samples.
+The config's run is the first round; it needs `evaluate.questions`. From its adapter two others go on, with as many new
+questions: one about a share of the passages, the weakest (`update.weak_share`), the other about all of them. Both train
+the same epochs over the new answers, with old ones among them, so what they have before the first round is more
+questions and more steps. What limits it: the number of evaluation questions, and the spread over the seeds, which are
+those of the order of the samples.
 """
 
 import sys
@@ -26,6 +27,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2, help="so many seeds of the training")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
+    if config.evaluate.questions is None or config.question.per_sentence is not None:
+        sys.exit("the rounds compare on questions of evaluate.questions, and by question.per_passage alone")
     quota = config.question.per_passage
     runs: dict[str, list[dict[str, Any]]] = {
         FIRST: [figures(run_pipeline("run", options.config, *options.overrides, "--force", "measured"))]

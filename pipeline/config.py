@@ -184,7 +184,7 @@ class FilterSection(Section):
     reject_leak_phrases: bool = True
     """Reject answers that speak of "the text" or "the passage", which the student would copy."""
     reject_invented_numbers: bool = True
-    """Reject answers with a number, of two digits or more, that neither the passage nor the question has."""
+    """Reject answers with a number of three digits or more, a year above all, that neither passage nor question has."""
     min_initial_kl: float | None = Field(default=None, ge=0)
     """Drop answers on which the closed-book model agrees with the teacher: mean KL per token, in nats, below this."""
 

@@ -4,6 +4,7 @@ In: `update.previous_run`. Out: for passages whose heading and text stood there,
 that only new and changed passages are written about. Rows keep their ids unless the passage got another one.
 """
 
+from collections import defaultdict
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, digest
-from pipeline.store import Stage
+from pipeline.store import Folder, Stage
 
 CACHED_UNITS = 4
 IDS = ("question_id", "answer_id")
@@ -32,6 +33,7 @@ class PreviousRun:
                 self._passages.setdefault(_key(row), (shard.removesuffix(".parquet"), row["passage_id"]))
         self._stages = {"question": Stage(run_dir, "question", QUESTION), "answer": Stage(run_dir, "answer", ANSWER)}
         self._read = lru_cache(CACHED_UNITS)(lambda stage, unit: self._stages[stage].read_unit(unit))
+        self._asked = lru_cache(CACHED_UNITS)(self._question_ids)
 
     def id_there(self, passage: dict[str, Any]) -> str | None:
         """Return what the passage is called there, if it stood there."""
@@ -47,9 +49,12 @@ class PreviousRun:
         return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in passages)])
 
     def split(self, rows: pa.Table, passages: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
-        """Part the rows about some passages into those about questions that are new, and those that it has."""
-        had = self.rows("question", list(filter(self.holds, passages)))["question_id"]
-        is_had = pc.field("question_id").isin(had.combine_chunks())
+        """Part the rows about some passages into those of questions that are new, and those of questions it has."""
+        had: set[str] = set()
+        for passage in filter(self.holds, passages):
+            unit, previous_id = self._passages[_key(passage)]
+            had |= {_id_now(old, previous_id, passage["passage_id"]) for old in self._asked(unit)[previous_id]}
+        is_had = pc.field("question_id").isin(pa.array(sorted(had), pa.string()))
         return rows.filter(~is_had), rows.filter(is_had)
 
     def ids_now(self, ids: dict[str, list[str]], passages: list[dict[str, Any]]) -> set[str]:
@@ -59,6 +64,13 @@ class PreviousRun:
             _, previous_id = self._passages[_key(passage)]
             now |= {_id_now(old, previous_id, passage["passage_id"]) for old in ids.get(previous_id, [])}
         return now
+
+    def _question_ids(self, unit: str) -> defaultdict[str, list[str]]:
+        """Return the ids of a unit's questions by the passage that they are about."""
+        ids: defaultdict[str, list[str]] = defaultdict(list)
+        for row in self._read("question", unit).select(["passage_id", "question_id"]).to_pylist():
+            ids[row["passage_id"]].append(row["question_id"])
+        return ids
 
     def _rows(self, stage: str, passage: dict[str, Any]) -> pa.Table:
         unit, previous_id = self._passages[_key(passage)]
@@ -80,6 +92,11 @@ def _id_now(old: str, previous_passage_id: str, passage_id: str) -> str:
 
 def _key(passage: dict[str, Any]) -> bytes:
     return bytes.fromhex(digest(passage["heading"], passage["text"]))
+
+
+def adapter_of(run_dir: str) -> Folder:
+    """Return where a run's trained adapter stands."""
+    return Folder(run_dir) / "train" / "adapter"
 
 
 def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:

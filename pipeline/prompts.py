@@ -115,8 +115,7 @@ _DECLINES = re.compile(
     re.IGNORECASE,
 )
 _GRADE = re.compile(r"\bgrade:\W*(correct|wrong)\b", re.IGNORECASE)
-_LIST_NUMBER = re.compile(r"^\s*\d+[.):]\s", re.MULTILINE)
-_NUMBER = re.compile(r"\d[\d.,]*\d")  # of two digits or more; smaller ones are often spelt out
+_NUMBER = re.compile(r"(?<!\d)\d{1,3}(?:[.,'\u2019\s]\d{3})+(?!\d)|\d+")  # thousands apart, or any digits
 _ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(.+)$")
 # Scripts that put no spaces between words, their punctuation, and emoji.
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff"
@@ -340,12 +339,21 @@ def speaks_of_text(text: str) -> bool:
 
 
 def invents_number(answer: str, source: str) -> bool:
-    """True if the answer has a number that its source lacks, other than those of a list's items."""
-    return not _numbers(_LIST_NUMBER.sub("", answer)) <= _numbers(source)
+    """True if the answer has a number of three digits or more that its source lacks, whole, short (1931-32) or cut off.
+
+    Smaller ones are often spelt out, counted, or those of a list's items.
+    """
+    known = [number for number in _numbers(source) if len(number) > 1]
+    return any(
+        not any(has.endswith(number) or has.startswith(number) or number.endswith(has) for has in known)
+        for number in _numbers(answer)
+        if len(number) > 2
+    )
 
 
 def _numbers(text: str) -> set[str]:
-    return {re.sub("[.,]", "", number) for number in _NUMBER.findall(text)}
+    """Return its numbers as ASCII digits, without what parts thousands and without leading zeros."""
+    return {str(int(re.sub(r"\D", "", number))) for number in _NUMBER.findall(text)}
 
 
 def is_standalone(question: str, passage: str) -> bool:

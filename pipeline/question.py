@@ -46,11 +46,13 @@ class Call(NamedTuple):
 
 def question_job(config: Config, base: BaseModel) -> Job:
     """Describe the stage; it needs the complete chunk stage."""
-    passages, settings = Stage(config.run_dir, "chunk", PASSAGE), config.question
-    if config.update.weak_share:  # the same requests again would give the same questions
-        had = Stage(str(config.update.previous_run), "question", QUESTION).require()["settings"]["question"]["seed"]
-        settings = settings.model_copy(update={"seed": max(settings.seed, had + 1)})
-    weak = weak_passages(config)
+    passages, settings, update = Stage(config.run_dir, "chunk", PASSAGE), config.question, config.update
+    weak: set[str] = set()
+    if update.previous_run:
+        had = Stage(update.previous_run, "question", QUESTION).require()["settings"]["question"]["seed"]
+        # The same requests again would give the same ids, and the same questions.
+        settings = settings.model_copy(update={"seed": max(settings.seed, had + bool(update.weak_share))})
+        weak = weak_passages(config) if update.weak_share else weak
     return Job(
         Stage(config.run_dir, "question", QUESTION),
         {
@@ -90,9 +92,9 @@ class QuestionWriter:
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
         kept = self._previous.rows("question", list(filter(self._previous.holds, passages)))
-        had: dict[str, list[str]] = {}
+        had: dict[str, list[dict[str, str]]] = {}
         for row in kept.to_pylist():
-            had.setdefault(row["passage_id"], []).append(row["text"])
+            had.setdefault(row["passage_id"], []).append(row)
         quotas = [
             _Quota(passage, self._settings, had.get(passage["passage_id"], []))
             for passage in passages
@@ -138,7 +140,7 @@ class QuestionWriter:
 class _Quota:
     """The questions of one passage: how many of each kind are still wanted, what was kept and what rejected."""
 
-    def __init__(self, passage: dict[str, Any], settings: QuestionSection, had: Sequence[str] = ()) -> None:
+    def __init__(self, passage: dict[str, Any], settings: QuestionSection, had: Sequence[dict[str, str]] = ()) -> None:
         self._passage = passage
         self._settings = settings
         self._sentences = sentences(passage["text"])
@@ -148,8 +150,9 @@ class _Quota:
         self._open: dict[QuestionKind, int] = {
             kind: share + (index < rest) for index, kind in enumerate(settings.kinds)
         }
-        self._asked = Counter[QuestionKind]()
-        self._seen = set(map(normalise, had))
+        counts = Counter(row["kind"] for row in had)
+        self._asked = Counter({kind: math.ceil(counts[kind] / settings.per_call) for kind in settings.kinds})
+        self._seen = {normalise(row["text"]) for row in had}
         self.questions: list[Question] = []
         self.rejected: list[Rejected] = []
 

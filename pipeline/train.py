@@ -14,9 +14,10 @@ from tqdm import tqdm
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.general import FORGOTTEN
+from pipeline.previous import adapter_of
 from pipeline.schema import ANSWER
 from pipeline.stage import attempt, start_ray, watching
-from pipeline.store import Folder, Stage, open_uri
+from pipeline.store import Stage, open_uri
 
 REFUSAL = "refusal.json"
 
@@ -96,11 +97,6 @@ def _update_settings(config: Config) -> dict[str, Any]:
     forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER).require()["data_digest"] if update.forget_removed else None
     adapter = Stage(update.previous_run, "train", ANSWER).require()["data_digest"]
     return {"update": {"adapter": adapter, "replay_share": update.replay_share, "forgotten": forgotten}}
-
-
-def adapter_of(run_dir: str) -> Folder:
-    """Return where a run's trained adapter stands."""
-    return Folder(run_dir) / "train" / "adapter"
 
 
 def _show_progress(stages: list[Stage], bar: tqdm) -> None:

@@ -38,9 +38,10 @@ from pipeline.batch import AnswerData, Packed, Row, Sample, Step, pack, plan_run
 from pipeline.config import Config
 from pipeline.loss import FullVocabulary, Labels, Signal, TopK
 from pipeline.metrics import record_progress
+from pipeline.previous import adapter_of
 from pipeline.store import PROGRESS_S, Stage
 from pipeline.student import Student, add_adapter, load_adapter, load_base
-from pipeline.train import REFUSAL, adapter_of
+from pipeline.train import REFUSAL
 from pipeline.training_data import Groups, training_tables
 
 logger = logging.getLogger(__name__)

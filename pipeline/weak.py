@@ -4,21 +4,19 @@ In: `update.previous_run` with its answers and its adapter. Out: rows of a passa
 token, over a few of the answers that were trained on.
 """
 
-import heapq
 import math
 import tempfile
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
-from pipeline.previous import previous_settings
-from pipeline.schema import ANSWER, PASSAGE, PASSAGE_KL
+from pipeline.previous import adapter_of, previous_settings
+from pipeline.schema import ANSWER, PASSAGE_KL
 from pipeline.stage import Job, run_alike, training_actors
 from pipeline.store import Stage, Unit
-from pipeline.train import adapter_of
 
 ANSWERS_PER_PASSAGE = 8
 
@@ -32,16 +30,12 @@ def measure_passages(configs: list[Config], base: BaseModel, redo: bool = False)
 def weak_passages(config: Config) -> set[str]:
     """Return the passages of the previous run on which its adapter is weakest, `update.weak_share` of them.
 
-    One of which nothing was trained on is weaker than any other.
+    Those of which nothing was trained on are not among them: they were asked, in vain.
     """
-    if not config.update.weak_share:
-        return set()
-    measured = Stage(config.run_dir, "weak", PASSAGE_KL)
-    measured.require()
-    passages = Stage(str(config.update.previous_run), "chunk", PASSAGE)
-    kl = {row["passage_id"]: row["kl"] for shard in measured.shards() for row in measured.read_shard(shard).to_pylist()}
-    ids = [name for shard in passages.shards() for name in passages.read_shard(shard, ["passage_id"])[0].to_pylist()]
-    return set(heapq.nlargest(round(config.update.weak_share * len(ids)), ids, key=lambda name: kl.get(name, math.inf)))
+    stage = Stage(config.run_dir, "weak", PASSAGE_KL)
+    rows = [row for shard in stage.shards() for row in stage.read_shard(shard).to_pylist()]
+    rows.sort(key=lambda row: (row["kl"], row["passage_id"]), reverse=True)
+    return {row["passage_id"] for row in rows[: math.ceil(config.update.weak_share * len(rows))]}
 
 
 def _weak_job(config: Config, base: BaseModel) -> Job:
@@ -59,27 +53,37 @@ def _weak_job(config: Config, base: BaseModel) -> Job:
 
 
 class PassageScorer:
-    """One unit is one shard of the previous run's answers; owns the model with the previous adapter."""
+    """One unit is one shard of the previous run's answers."""
+
+    _loaded: ClassVar[tuple[str, Any]] = ("", None)  # the scorer of one corpus at a time, for all of an actor
 
     def __init__(self, config: Config) -> None:
-        from pipeline.student import KlScorer
-
-        previous_run = str(config.update.previous_run)
-        self._answers = Stage(previous_run, "filter", ANSWER)
+        self._config = config
+        self._previous_run = str(config.update.previous_run)
+        self._answers = Stage(self._previous_run, "filter", ANSWER)
         self._stage = Stage(config.run_dir, "weak", PASSAGE_KL)
-        with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-            adapter = adapter_of(previous_run).copy_to(folder)
-            self._scorer = KlScorer(config.train, config.model.path, config.cluster.worker_cpus, adapter)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         answers = self._answers.read_unit(unit["name"])
         places: dict[str, list[int]] = {}
         for place, passage_id in enumerate(answers["passage_id"].to_pylist()):
             places.setdefault(passage_id, []).append(place)
-        asked = answers.take([place for about in places.values() for place in _spaced(about)])
-        table = pa.table({"passage_id": asked["passage_id"], "kl": self._scorer.kl(asked)})
+        asked = answers.take(pa.array([place for about in places.values() for place in _spaced(about)], pa.int64()))
+        table = pa.table({"passage_id": asked["passage_id"], "kl": self._scorer().kl(asked)})
         means = table.group_by("passage_id").aggregate([("kl", "mean")]).rename_columns(PASSAGE_KL.names)
         return self._stage.commit(unit["name"], [means], [], means.num_rows)
+
+    def _scorer(self) -> Any:
+        from pipeline.student import KlScorer
+
+        if PassageScorer._loaded[0] != self._previous_run:
+            PassageScorer._loaded = ("", None)  # frees the last one's memory
+            config = self._config
+            with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
+                adapter = adapter_of(self._previous_run).copy_to(folder)
+                scorer = KlScorer(config.train, config.model.path, config.cluster.worker_cpus, adapter)
+            PassageScorer._loaded = (self._previous_run, scorer)
+        return PassageScorer._loaded[1]
 
 
 def _spaced(places: list[int]) -> list[int]:

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.general import FORGOTTEN, forgotten_job, general_job
 from pipeline.question import question_job
-from pipeline.schema import ANSWER
+from pipeline.schema import ANSWER, QUESTION
 from pipeline.stage import Actors, Job, attempt, run_stages
 from pipeline.store import Stage
 from pipeline.weak import measure_passages
@@ -70,12 +70,15 @@ def _copy(job: Job, source: Stage, redo: bool) -> dict[str, Any]:
 
 
 def _jobs(config: Config, base: BaseModel, redo: bool, stages: tuple[str, ...]) -> dict[str, Job]:
-    questions = question_job(config, base)
+    jobs: dict[str, Job] = {}
     if "answer" in stages and "question" not in stages:
-        questions.stage.require()
-        questions.stage.open(questions.settings)  # refuses questions that were written with other settings
-    jobs = {"question": questions, "answer": answer_job(config, base, questions), "general": general_job(config, base)}
-    jobs = {name: jobs[name] for name in stages}
+        Stage(config.run_dir, "question", QUESTION).require()
+    if {"question", "answer"} & set(stages):
+        questions = question_job(config, base)
+        if "question" not in stages:
+            questions.stage.open(questions.settings)  # refuses questions that were written with other settings
+        jobs = {"question": questions, "answer": answer_job(config, base, questions)}
+    jobs = {name: job for name, job in (jobs | {"general": general_job(config, base)}).items() if name in stages}
     if config.update.previous_run is not None and "general" in stages:
         previous, general = Stage(config.update.previous_run, "general", ANSWER), jobs["general"]
         if previous.is_complete(general.settings) and general.stage.open(general.settings, redo):

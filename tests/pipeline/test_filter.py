@@ -42,7 +42,9 @@ PASSAGES = {"p": {"heading": "Mills of 1880", "text": "Rosa Lindqvist built the 
         ("who built the mill", "stop", "echoes_question"),
         ("According to the passage, Rosa Lindqvist.", "stop", "leak_phrase"),
         ("Rosa Lindqvist, in 1874, for 2400 crowns; it is 1 of the mills of 1880.", "stop", None),
-        ("1. Rosa Lindqvist\n12. Others", "stop", None),
+        ("Rosa Lindqvist, for 2 400 crowns, twelve (12) years after 1874\u201380.", "stop", None),
+        ("Rosa Lindqvist, in \u0661\u0668\u0667\u0664.", "stop", None),
+        ("Rosa Lindqvist, in 187", "stop", None),
         ("Rosa Lindqvist, in 1875.", "stop", "invented_number"),
     ],
 )

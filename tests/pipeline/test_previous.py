@@ -81,7 +81,9 @@ def test_an_update_holds_out_what_was_held_out_before_and_a_tenth_of_what_is_new
     passages = [Passage(f"n{i}", "d", "Mills", 0, 9, f"Mill number {i}.") for i in range(3)]
     passages.append(Passage("new", "d", "Mills", 0, 9, "Another mill."))
     kept = PreviousRun(before).rows("question", to_table(passages[:3], PASSAGE).to_pylist())
-    questions = to_table([Question(f"new{n:02d}", "new", "fact", f"What is mill {n}?") for n in range(30)], QUESTION)
+    new = [Question(f"new{n:02d}", "new", "fact", f"What is mill {n}?") for n in range(30)]
+    more = Question("0", "n0", "fact", "What else is mill 0?")  # a second round's, near to what was trained on
+    questions = to_table([more, *new], QUESTION)
     for name, unit, table in (
         ("chunk", "000000", to_table(passages, PASSAGE)),
         ("question", "000000-00000", pa.concat_tables([kept, questions])),

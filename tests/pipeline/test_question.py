@@ -60,8 +60,10 @@ def test_every_candidate_becomes_a_question_or_a_rejected_row() -> None:
 
 
 def test_what_a_passage_was_asked_before_is_not_asked_again() -> None:
-    quota = _Quota(PASSAGE, SETTINGS, had=["Who built the Kestrel Mill?"])
-    quota.take(quota.open_calls(0)[0], "1. Who built the Kestrel mill?\n2. When was the Kestrel Mill built?")
+    quota = _Quota(PASSAGE, SETTINGS, had=[{"kind": "fact", "text": "Who built the Kestrel Mill?"}])
+    call = quota.open_calls(0)[0]
+    assert "answers: The Kestrel Mill ground" in quota.chat(call)[-1]["content"], "it goes on at the next sentence"
+    quota.take(call, "1. Who built the Kestrel mill?\n2. When was the Kestrel Mill built?")
     assert [question.text for question in quota.questions] == ["When was the Kestrel Mill built?"]
     assert [row.reason for row in quota.rejected] == ["duplicate_question"]
 
