@@ -52,9 +52,10 @@ def filter_job(config: Config) -> Job:
 
 
 class AnswerFilter:
-    """One unit is one shard of answers; owns the closed-book model if answers are judged by initial KL."""
+    """One unit is one shard of answers; it is judged by the closed-book model if there is a least initial KL."""
 
     def __init__(self, config: Config, held_out: HeldOut) -> None:
+        self._config = config
         self._chunk = Stage(config.run_dir, "chunk", PASSAGE)
         self._question = Stage(config.run_dir, "question", QUESTION)
         self._answers = Stage(config.run_dir, "answer", ANSWER)
@@ -62,11 +63,6 @@ class AnswerFilter:
         self._settings = config.filter
         self._held_out = held_out
         self._near = NearQuestions(held_out)
-        self._scorer = None
-        if config.filter.min_initial_kl is not None:
-            from pipeline.student import KlScorer
-
-            self._scorer = KlScorer(config.train, config.model.path, config.cluster.worker_cpus)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = {row["passage_id"]: row for row in self._chunk.read_shard(f"{unit['name']}.parquet").to_pylist()}
@@ -78,10 +74,12 @@ class AnswerFilter:
                 reasons[index] = "held_out"
             elif reasons[index] is None and self._near.holds(texts[question_id]):
                 reasons[index] = "near_evaluation"
-        if self._scorer is not None:
+        if (least := self._settings.min_initial_kl) is not None:
+            from pipeline.student import shared_scorer
+
             kept = np.flatnonzero([reason is None for reason in reasons])
-            for index, kl in zip(kept, self._scorer.initial_kl(answers.take(kept)), strict=True):
-                if kl < (self._settings.min_initial_kl or 0.0):
+            for index, kl in zip(kept, shared_scorer(self._config).initial_kl(answers.take(kept)), strict=True):
+                if kl < least:
                     reasons[index] = "nothing_to_learn"
         kept_answers = answers.filter(pa.array([reason is None for reason in reasons], pa.bool_()))
         rejected = [

@@ -5,7 +5,6 @@ KL in nats per token, and a training question with the adapter's greedy answer. 
 which is the measure of a right answer for every other engine.
 """
 
-import tempfile
 from dataclasses import asdict
 from typing import Any
 
@@ -34,8 +33,7 @@ def measure_adapters(config: Config, base_path: str, gold: pa.Table, adapters: d
     to_teacher, to_base, probe = {}, {}, {}
     for arm, source in adapters.items():
         scorer = None  # frees the last one's memory
-        with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-            scorer = KlScorer(config.train, base_path, config.cluster.worker_cpus, source.copy_to(folder))
+        scorer = KlScorer(config.train, base_path, config.cluster.worker_cpus, source)
         if arm == "adapter":
             probe = asdict(_record_probe(config, scorer.model))
         if len(gold):

@@ -5,6 +5,7 @@ The decoder and the output matrix are called apart, so that logits exist at answ
 """
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.batch import Packed, common_opening, pack, plan_epoch, samples_of, topk_of
-from pipeline.config import Lora, Train
+from pipeline.config import Config, Lora, Train
 from pipeline.loss import Signal, TopK, answer_losses
+from pipeline.store import Folder
 
 
 def load_base(path: str) -> Any:
@@ -82,13 +84,17 @@ class Student(nn.Module):
 class KlScorer:
     """A student for measuring only: the base model with a trained adapter, or with none."""
 
-    def __init__(self, train: Train, base_path: str, num_threads: int, adapter: str | None = None) -> None:
-        """Load both; `adapter` is a local PEFT folder."""
+    def __init__(self, train: Train, base_path: str, num_threads: int, adapter: Folder | None = None) -> None:
+        """Load both; `adapter` is a PEFT folder, wherever it is."""
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._device.type == "cpu":
             torch.set_num_threads(num_threads)
         base = load_base(base_path)
-        self.model = PeftModel.from_pretrained(base, adapter) if adapter else add_adapter(base, train.lora, base_path)
+        if adapter is None:
+            self.model = add_adapter(base, train.lora, base_path)
+        else:
+            with tempfile.TemporaryDirectory(prefix="adapter-") as local:
+                self.model = PeftModel.from_pretrained(base, adapter.copy_to(local))
         self._student = Student(self.model, train.loss_chunk).to(self._device)
         self._train = train
 
@@ -114,6 +120,18 @@ class KlScorer:
             for index, part in zip(order, np.split(losses, ends[:-1]), strict=True):
                 result[index] = part.mean()
         return result
+
+
+_loaded: dict[tuple[str, str], KlScorer] = {}
+
+
+def shared_scorer(config: Config, adapter: Folder | None = None) -> KlScorer:
+    """Return a scorer of an adapter, or of none, for all corpora of this process; one is in memory at a time."""
+    key = (config.model.path, adapter.uri if adapter else "")
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = KlScorer(config.train, config.model.path, config.cluster.worker_cpus, adapter)
+    return _loaded[key]
 
 
 class GreedyReply(NamedTuple):

@@ -5,9 +5,8 @@ token, over a few of the answers that were trained on.
 """
 
 import math
-import tempfile
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -55,35 +54,24 @@ def _weak_job(config: Config, base: BaseModel) -> Job:
 class PassageScorer:
     """One unit is one shard of the previous run's answers."""
 
-    _loaded: ClassVar[tuple[str, Any]] = ("", None)  # the scorer of one corpus at a time, for all of an actor
-
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._previous_run = str(config.update.previous_run)
-        self._answers = Stage(self._previous_run, "filter", ANSWER)
+        self._adapter = adapter_of(str(config.update.previous_run))
+        self._answers = Stage(str(config.update.previous_run), "filter", ANSWER)
         self._stage = Stage(config.run_dir, "weak", PASSAGE_KL)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
+        from pipeline.student import shared_scorer
+
         answers = self._answers.read_unit(unit["name"])
         places: dict[str, list[int]] = {}
         for place, passage_id in enumerate(answers["passage_id"].to_pylist()):
             places.setdefault(passage_id, []).append(place)
         asked = answers.take(pa.array([place for about in places.values() for place in _spaced(about)], pa.int64()))
-        table = pa.table({"passage_id": asked["passage_id"], "kl": self._scorer().kl(asked)})
+        kl = shared_scorer(self._config, self._adapter).kl(asked)
+        table = pa.table({"passage_id": asked["passage_id"], "kl": kl})
         means = table.group_by("passage_id").aggregate([("kl", "mean")]).rename_columns(PASSAGE_KL.names)
         return self._stage.commit(unit["name"], [means], [], means.num_rows)
-
-    def _scorer(self) -> Any:
-        from pipeline.student import KlScorer
-
-        if PassageScorer._loaded[0] != self._previous_run:
-            PassageScorer._loaded = ("", None)  # frees the last one's memory
-            config = self._config
-            with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-                adapter = adapter_of(self._previous_run).copy_to(folder)
-                scorer = KlScorer(config.train, config.model.path, config.cluster.worker_cpus, adapter)
-            PassageScorer._loaded = (self._previous_run, scorer)
-        return PassageScorer._loaded[1]
 
 
 def _spaced(places: list[int]) -> list[int]:

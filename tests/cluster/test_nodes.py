@@ -164,7 +164,7 @@ class Course(NamedTuple):
 
 def course(losses: list[float], adapter: Path, answered: Path, model: Path) -> Course:
     answers = Stage(str(answered), "filter", ANSWER).read_unit("0-00000")
-    return Course(np.asarray(losses), float(KlScorer(Train(), str(model), 1, str(adapter)).kl(answers).mean()))
+    return Course(np.asarray(losses), float(KlScorer(Train(), str(model), 1, Folder(str(adapter))).kl(answers).mean()))
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,12 @@ from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
 from pipeline.config import load_config
 from pipeline.engine import Completion, load_tokenizer, render_chat
+from pipeline.filter import filter_answers
 from pipeline.prompts import student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
 from pipeline.stage import only
 from pipeline.store import Stage
+from pipeline.student import KlScorer
 from pipeline.train import train_adapters
 from pipeline.weak import measure_passages, weak_passages
 from tests.conftest import ROOT
@@ -282,6 +284,20 @@ def test_a_second_round_is_about_what_the_adapter_knows_least(
     config = load_config(write_run(tmp_path, answered, tiny_model), settings)
     only(measure_passages([config], load_base_model(str(tiny_model))))
     assert weak_passages(config) == {"p1"}
+
+
+def test_answers_that_teach_nothing_are_left_out(
+    local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = load_config(write_run(tmp_path, answered, tiny_model), ["evaluate.held_out=0"])
+    answers = Stage(str(answered), "answer", ANSWER).read_unit("0-00000")
+    kl = KlScorer(config.train, str(tiny_model), 1).initial_kl(answers)
+    least = float(np.median(kl))
+    config = config.model_copy(update={"filter": config.filter.model_copy(update={"min_initial_kl": least})})
+    shutil.rmtree(tmp_path / "run" / "filter")
+    assert only(filter_answers([config]))["rejected"] == {"nothing_to_learn": NUM_ANSWERS // 2}
+    kept = Stage(config.run_dir, "filter", ANSWER).read_unit("0-00000")["answer_id"].to_pylist()
+    assert kept == [name for name, value in zip(answers["answer_id"].to_pylist(), kl, strict=True) if value >= least]
 
 
 def test_an_update_with_nothing_new_keeps_the_adapter(
