@@ -191,7 +191,6 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
     bad = Counter(reason for _, reasons in BAD.values() for reason in reasons)
     assert counts["rejected"]["read"] == bad | {"symlink_loop": 1}
     assert counts["rejected"]["dedup"] == {"duplicate": 1}
-    assert result["training"]["last_loss"] < result["training"]["first_loss"]
     assert result["kl_to_teacher"]["adapter"] < result["kl_to_teacher"]["closed_book"]
     assert 0 < result["tail_mass"] < 1 and result["bytes_per_answer_token"] > 0
 
