@@ -50,7 +50,7 @@ class AnswerWriter:
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
-        kept = self._previous.rows("answer", list(filter(self._previous.holds, passages)))
+        kept = self._previous.rows("answer", passages)
         new, _ = self._previous.split(self._questions.read_unit(unit["name"]), passages)
         before = self._engine.stats
         written, rejected = answer_questions(

@@ -4,7 +4,6 @@ In: `update.previous_run`. Out: for passages whose heading and text stood there,
 that only new and changed passages are written about. Rows keep their ids unless the passage got another one.
 """
 
-from collections import defaultdict
 from functools import lru_cache
 from typing import Any
 
@@ -44,17 +43,16 @@ class PreviousRun:
         return _key(passage) in self._passages
 
     def rows(self, stage: str, passages: list[dict[str, Any]]) -> pa.Table:
-        """Return what the stage `question` or `answer` has about these passages, all of which it must hold."""
+        """Return what the stage `question` or `answer` has about those of these passages that stood there."""
         schema = {"question": QUESTION, "answer": ANSWER}[stage]
-        return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in passages)])
+        held = filter(self.holds, passages)
+        return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in held)])
 
     def split(self, rows: pa.Table, passages: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
         """Part the rows about some passages into those of questions that are new, and those of questions it has."""
-        had: set[str] = set()
-        for passage in filter(self.holds, passages):
-            unit, previous_id = self._passages[_key(passage)]
-            had |= {_id_now(old, previous_id, passage["passage_id"]) for old in self._asked(unit)[previous_id]}
-        is_had = pc.field("question_id").isin(pa.array(sorted(had), pa.string()))
+        units = {self._passages[_key(passage)][0] for passage in filter(self.holds, passages)}
+        asked = {about: ids for unit in sorted(units) for about, ids in self._asked(unit).items()}
+        is_had = pc.field("question_id").isin(pa.array(sorted(self.ids_now(asked, passages)), pa.string()))
         return rows.filter(~is_had), rows.filter(is_had)
 
     def ids_now(self, ids: dict[str, list[str]], passages: list[dict[str, Any]]) -> set[str]:
@@ -65,11 +63,11 @@ class PreviousRun:
             now |= {_id_now(old, previous_id, passage["passage_id"]) for old in ids.get(previous_id, [])}
         return now
 
-    def _question_ids(self, unit: str) -> defaultdict[str, list[str]]:
+    def _question_ids(self, unit: str) -> dict[str, list[str]]:
         """Return the ids of a unit's questions by the passage that they are about."""
-        ids: defaultdict[str, list[str]] = defaultdict(list)
+        ids: dict[str, list[str]] = {}
         for row in self._read("question", unit).select(["passage_id", "question_id"]).to_pylist():
-            ids[row["passage_id"]].append(row["question_id"])
+            ids.setdefault(row["passage_id"], []).append(row["question_id"])
         return ids
 
     def _rows(self, stage: str, passage: dict[str, Any]) -> pa.Table:

@@ -47,12 +47,11 @@ class Call(NamedTuple):
 def question_job(config: Config, base: BaseModel) -> Job:
     """Describe the stage; it needs the complete chunk stage."""
     passages, settings, update = Stage(config.run_dir, "chunk", PASSAGE), config.question, config.update
-    weak: set[str] = set()
     if update.previous_run:
         had = Stage(update.previous_run, "question", QUESTION).require()["settings"]["question"]["seed"]
         # The same requests again would give the same ids, and the same questions.
         settings = settings.model_copy(update={"seed": max(settings.seed, had + bool(update.weak_share))})
-        weak = weak_passages(config) if update.weak_share else weak
+    weak = weak_passages(config) if update.weak_share else set[str]()
     return Job(
         Stage(config.run_dir, "question", QUESTION),
         {
@@ -91,7 +90,7 @@ class QuestionWriter:
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
-        kept = self._previous.rows("question", list(filter(self._previous.holds, passages)))
+        kept = self._previous.rows("question", passages)
         had: dict[str, list[dict[str, str]]] = {}
         for row in kept.to_pylist():
             had.setdefault(row["passage_id"], []).append(row)
