@@ -82,6 +82,7 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         max_tokens = 32
         [filter]
         keep_unfinished = true
+        reject_invented_numbers = false
         [train]
         epochs = 2
         batch_tokens = 128
@@ -191,6 +192,7 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
     bad = Counter(reason for _, reasons in BAD.values() for reason in reasons)
     assert counts["rejected"]["read"] == bad | {"symlink_loop": 1}
     assert counts["rejected"]["dedup"] == {"duplicate": 1}
+    assert result["training"]["last_loss"] < result["training"]["first_loss"]
     assert result["kl_to_teacher"]["adapter"] < result["kl_to_teacher"]["closed_book"]
     assert 0 < result["tail_mass"] < 1 and result["bytes_per_answer_token"] > 0
 
