@@ -9,11 +9,10 @@ there are, and the spread over the seeds, which are those of the first weights a
 
 import sys
 from math import nan
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.record import claim, config_parser, run_branch, save, spread, write_once
+from benchmarks.record import claim, config_parser, describe_run, run_branch, save, spread, write_once
 from pipeline.config import load_config
 
 AS_GIVEN = "as given"
@@ -51,8 +50,7 @@ def main() -> int:
         options.name,
         {
             "benchmark": "ablations",
-            "model": Path(config.model.path).name,
-            "settings": config.model_dump(include={"chunk", "question", "answer", "general", "filter", "train"}),
+            **describe_run(config),
             "seeds": options.seeds,
             "runs": runs,
             "claims": make_claims(runs),

@@ -16,7 +16,7 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import claim, config_parser, run_pipeline, save
+from benchmarks.record import claim, config_parser, describe_run, run_pipeline, save
 from pipeline.config import load_config
 
 ORDER = ("closed_book", "raw_text", "sft", "adapter")
@@ -44,11 +44,10 @@ def main() -> int:
         options.name,
         {
             "benchmark": "injection_quality",
-            "model": Path(config.model.path).name,
+            **describe_run(config),
             "data": f"first {options.passages} passages of {Path(options.data).name}"
             if options.data
             else ", ".join(config.read.paths),
-            "settings": config.model_dump(include={"chunk", "question", "answer", "general", "filter", "train"}),
             "run": {key: value for key, value in run.items() if key != "adapter"},
             "claims": make_claims(run, options.aim),
         },

@@ -9,14 +9,13 @@ curves are straight lines. What limits it: how many questions there are, and the
 
 import sys
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from benchmarks.ablations import figures, print_head, print_row
-from benchmarks.record import claim, config_parser, run_branch, save, write_once
+from benchmarks.record import claim, config_parser, describe_run, run_branch, save, write_once
 from pipeline.config import load_config
 
 TEACHERS = ("stored", "sft")
@@ -42,8 +41,7 @@ def main() -> int:
         options.name,
         {
             "benchmark": "quality_per_compute",
-            "model": Path(config.model.path).name,
-            "settings": config.model_dump(include={"chunk", "question", "answer", "general", "filter", "train"}),
+            **describe_run(config),
             "epochs": sorted(options.epochs),
             "curves": curves,
             "claims": make_claims(curves),

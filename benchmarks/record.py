@@ -67,6 +67,12 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def describe_run(config: Config) -> dict[str, Any]:
+    """Return what the quality of a run depends on beside its documents: the base model and the stages' settings."""
+    sections = {"chunk", "question", "answer", "general", "filter", "train"}
+    return {"model": Path(config.model.path).name, "settings": config.model_dump(include=sections)}
+
+
 def save(name: str | None, result: dict[str, Any]) -> None:
     """Write the result file and print the closing line; without a name, print only.
 

@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.ablations import figures, print_head, print_row
-from benchmarks.record import claim, config_parser, run_pipeline, save
+from benchmarks.record import claim, config_parser, describe_run, run_pipeline, save
 from pipeline.config import load_config
 
 FIRST, WEAKEST, ALL = "first round", "second, the weakest", "second, all"
@@ -54,8 +54,7 @@ def main() -> int:
         options.name,
         {
             "benchmark": "second_round",
-            "model": Path(config.model.path).name,
-            "settings": config.model_dump(include={"chunk", "question", "answer", "general", "filter", "train"}),
+            **describe_run(config),
             "share": options.share,
             "runs": runs,
             "claims": make_claims(runs),
