@@ -31,6 +31,7 @@ from pipeline.held_out import (
 )
 from pipeline.measure import measure_adapters
 from pipeline.prompts import declines
+from pipeline.resources import engine_options, worker_options
 from pipeline.schema import ANSWER, QUESTION, digest
 from pipeline.score import RIGHT, Points, calibrate, group_means, interval, make_report, substring_match, token_f1
 from pipeline.stage import attempt, show_progress, start_ray, watching
@@ -61,16 +62,7 @@ def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False
         started = time.monotonic()
         cluster = configs[0].cluster
         start_ray(cluster)
-        engine = {
-            "num_cpus": cluster.engine_cpus,
-            "num_gpus": cluster.engine_gpus,
-            "label_selector": cluster.engine_labels,
-        }
-        worker = {
-            "num_cpus": cluster.worker_cpus,
-            "num_gpus": cluster.worker_gpus,
-            "label_selector": cluster.worker_labels,
-        }
+        engine, worker = engine_options(cluster), worker_options(cluster)
 
         def call(function: Any, options: dict[str, Any], *arguments: Any) -> Any:
             """Call it in a process of its own, so that its memory is free again for the next."""

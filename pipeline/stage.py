@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pipeline.config import Cluster
-from pipeline.resources import cluster_address, this_machine
+from pipeline.resources import cluster_address, this_machine, worker_options
 from pipeline.schema import digest
 from pipeline.store import PROGRESS_S, Stage, Unit
 
@@ -107,22 +107,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Actors:
-    """What stages ask Ray for: at most `count` actors of this size, or one for each CPU of the cluster.
+    """What stages ask Ray for: at most `count` actors, or one for each CPU of the cluster, with Ray's `options`.
 
     With `load_engine`, every actor calls it once, and all its workers get what it returns as `engine`.
     """
 
     cluster: Cluster
     count: int | None = None
-    cpus: float = 1
-    gpus: float = 0
+    options: dict[str, Any] = field(default_factory=lambda: {"num_cpus": 1})
     load_engine: Callable[[], Any] | None = None
-    labels: dict[str, str] | None = None  # of the nodes that they may run on
 
 
 def training_actors(cluster: Cluster) -> Actors:
     """Return actors that are as many and as large as the workers of a training."""
-    return Actors(cluster, cluster.num_workers, cluster.worker_cpus, cluster.worker_gpus, labels=cluster.worker_labels)
+    return Actors(cluster, cluster.num_workers, worker_options(cluster))
 
 
 class _UnitActor:
@@ -312,10 +310,8 @@ def _map_work(work: list[str], jobs: list[Job], actors: Actors) -> Iterator[int]
             batch_size=None,
             batch_format="pyarrow",
             compute=pool,
-            num_cpus=actors.cpus,
-            num_gpus=actors.gpus,
-            label_selector=actors.labels,
             max_task_retries=MAX_DEATHS,
+            **actors.options,
         )
     try:
         for row in dataset.iter_rows():

@@ -15,6 +15,7 @@ from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.general import FORGOTTEN
 from pipeline.previous import adapter_of
+from pipeline.resources import worker_options
 from pipeline.schema import ANSWER
 from pipeline.stage import attempt, start_ray, watching
 from pipeline.store import Stage, open_uri
@@ -135,6 +136,7 @@ def _fit(tasks: list[dict[str, Any]]) -> None:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=3),
+            worker_runtime_env=worker_options(cluster)["runtime_env"],
         ),
     ).fit()
     if result.error is not None:

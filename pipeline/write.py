@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.general import FORGOTTEN, forgotten_job, general_job
 from pipeline.question import question_job
+from pipeline.resources import engine_options
 from pipeline.schema import ANSWER, QUESTION
 from pipeline.stage import Actors, Job, attempt, run_stages
 from pipeline.store import Stage
@@ -40,14 +41,7 @@ def write(configs: list[Config], base: BaseModel, redo: bool = False, stages: tu
     first = configs[0]
     cluster = first.cluster
     load_engine = partial(Engine, first.model, cluster, first.answer.top_k)
-    actors = Actors(
-        cluster,
-        cluster.num_engines,
-        cluster.engine_cpus,
-        cluster.engine_gpus,
-        load_engine,
-        cluster.engine_labels,
-    )
+    actors = Actors(cluster, cluster.num_engines, engine_options(cluster), load_engine)
     outcomes = iter(run_stages(jobs, actors, redo))
     results = []
     for plan in planned:

@@ -14,6 +14,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from pipeline.base_model import BaseModel, load_base_model
 from pipeline.config import Config, load_config
 from pipeline.engine import engine_arguments, vllm_rank
+from pipeline.resources import KEEP_MEMORY
 from serve.ingress import make_ingress
 from serve.server import AdapterServer
 
@@ -79,7 +80,9 @@ def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
                 "ray_actor_options": {"num_cpus": cluster.engine_cpus - (not on_gpu)},
                 "graceful_shutdown_timeout_s": settings.request_timeout_s,
             },
-            "runtime_env": None if on_gpu else {"env_vars": {"OMP_NUM_THREADS": str(cluster.engine_cpus)}},
+            "runtime_env": None
+            if on_gpu
+            else {"env_vars": {"OMP_NUM_THREADS": str(cluster.engine_cpus)} | KEEP_MEMORY},
         }
     )
 

@@ -13,7 +13,15 @@ import pytest
 from benchmarks.raylets import ENGINE, local_cluster, until
 from cluster.submit import connect, refuse_relative_paths, submit
 from pipeline.config import Config, read_settings
-from pipeline.resources import demands, has_labels, model_fits, refuse_small_machine, unmet
+from pipeline.resources import (
+    demands,
+    engine_options,
+    has_labels,
+    model_fits,
+    refuse_small_machine,
+    unmet,
+    worker_options,
+)
 from pipeline.schema import PASSAGE
 from pipeline.store import Stage
 from tests.conftest import ROOT
@@ -205,3 +213,11 @@ def test_overrides_count_among_the_paths_of_a_job(tmp_path: Path) -> None:
     for override in ("run_dir=here", 'read.paths=["s3://bucket/faq", "docs"]', "update.previous_run=runs/a"):
         with pytest.raises(ValueError, match="is relative"):
             refuse_relative_paths(read_settings(config, [override]))
+
+
+def test_memory_stays_with_a_process_that_computes_on_a_cpu() -> None:
+    cpu, gpu = config().cluster, config(engine_gpus=1, worker_gpus=2).cluster
+    for options in (engine_options, worker_options):
+        assert options(cpu)["runtime_env"]["env_vars"]["MALLOC_MMAP_MAX_"] == "0"
+        assert options(gpu)["runtime_env"] == {}
+    assert (engine_options(gpu)["num_gpus"], worker_options(gpu)["num_gpus"]) == (1, 2)
