@@ -139,17 +139,20 @@ def load_written(path: str, overrides: Sequence[str]) -> Config:
     return config
 
 
-def run_arm(module: str, options: argparse.Namespace, arm: str, request: dict[str, Any]) -> dict[str, Any]:
+def run_arm(
+    module: str, options: argparse.Namespace, arm: str, request: dict[str, Any], **environment: str
+) -> dict[str, Any]:
     """Run one arm of a benchmark in a process of its own, so that its memory and its threads are its own.
 
-    The process gets `--arm ARM` and the request on stdin, and answers with the last line of its stdout.
+    The process gets the environment on top of this one's, `--arm ARM` and the request on stdin, and answers with the
+    last line of its stdout.
     """
     command = [sys.executable, "-m", module, options.config, *options.overrides, "--arm", arm]
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=os.environ | {"RAY_worker_niceness": "0"},  # arms with and without Ray share the cores alike
+            env=os.environ | {"RAY_worker_niceness": "0"} | environment,  # with and without Ray at one priority
             input=json.dumps(request),
             stdout=subprocess.PIPE,
             stderr=log,

@@ -12,10 +12,10 @@ Every arm is a process that takes the same optimiser steps over the same stored 
                no passage (so that its pass is shorter than ours), forward KL, nothing sampled from the student
 
 Ours are the steps of `pipeline.train_loop` with DeepSpeed and its fp32 master copy, in Ray Train's local mode: left out
-are Ray's worker processes and the checkpoints. TRL's AdamW steps on the bf16 adapter itself; its autocast and its
-gradient checkpointing are off. Trained tokens are those of prompt and answer of every sample, without padding and
-without the teacher's, however often a trainer reads what the prompts of a row have in common. What limits the number:
-on a CPU, what lies around the matrix products; the roofline says how much.
+are Ray's worker processes, whose environment they have on a CPU (`KEEP_MEMORY`), and the checkpoints. TRL's AdamW steps
+on the bf16 adapter itself; its autocast and its gradient checkpointing are off. Trained tokens are those of prompt and
+answer of every sample, without padding and without the teacher's, however often a trainer reads what the prompts of a
+row have in common. What limits the number: on a CPU, what lies around the matrix products; the roofline says how much.
 """
 
 import json
@@ -40,6 +40,7 @@ from pipeline.base_model import load_base_model
 from pipeline.batch import AnswerData, samples_of
 from pipeline.config import Config
 from pipeline.loss import TopK, answer_losses
+from pipeline.resources import KEEP_MEMORY
 from pipeline.schema import ANSWER
 from pipeline.store import Stage
 
@@ -68,7 +69,8 @@ def main() -> int:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in order}
     for name in order:
         overrides = [*request["overrides"], *([f"train.teacher={name}"] if name in OURS else [])]
-        run = run_arm("benchmarks.train_throughput", options, name, request | {"overrides": overrides})
+        environment = KEEP_MEMORY if name in OURS and not config.cluster.worker_gpus else {}
+        run = run_arm("benchmarks.train_throughput", options, name, request | {"overrides": overrides}, **environment)
         request["samples"] = request["samples"] or run["samples"]
         assert run["samples"] == request["samples"], f"{name} trained on other samples"
         runs[name].append(run)
