@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from pipeline.config import Config, Judge, Sampling
 from pipeline.held_out import TestQuestion
-from pipeline.prompts import judge_chat, parse_grade, retrieval_question, student_chat
-from pipeline.schema import DOCUMENT, PASSAGE
+from pipeline.prompts import judge_chat, parse_grade, retrieval_chat, student_chat
 from pipeline.stage import attempt
 from pipeline.store import Folder, Stage
 
@@ -61,13 +60,13 @@ def general_questions() -> list[dict[str, Any]]:
 
 def search_all(tasks: list[Task]) -> list[Task]:
     """Return the tasks with the passages whose embeddings are nearest to each of their questions."""
-    from pipeline.retrieve import nearest_passages
+    from pipeline.retrieve import nearest_passages, passages_of
 
     found = []
     for task in tasks:
         model, k = str(task.config.evaluate.embedding_model), task.config.serve.retrieval_passages
         questions = [question.question for question in task.questions]
-        found.append(task._replace(nearest=nearest_passages(model, _passages(task.config), questions, k)))
+        found.append(task._replace(nearest=nearest_passages(model, passages_of(task.config.run_dir), questions, k)))
     return found
 
 
@@ -82,23 +81,17 @@ def ask_all(tasks: list[Task], api_key: str) -> list[Any]:
     return [attempt(partial(_ask_everything, engine, task, api_key)) for task in tasks]
 
 
-def _passages(config: Config) -> pa.Table:
-    from pipeline.retrieve import corpus_passages
-
-    return corpus_passages(Stage(config.run_dir, "dedup", DOCUMENT), Stage(config.run_dir, "chunk", PASSAGE))
-
-
 def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     from pipeline.answer import answer_questions
     from pipeline.engine import render_chat
-    from pipeline.retrieve import PassageIndex
+    from pipeline.retrieve import PassageIndex, passages_of
 
     config = task.config
     engine.on_progress = partial(task.stage.write_progress, "questions")
     settings = config.answer.model_copy(
         update={"temperature": 0.0, "per_question": 1, "max_tokens": config.evaluate.max_tokens}
     )
-    index = PassageIndex.build(_passages(config))
+    index = PassageIndex.build(passages_of(config.run_dir))
     questions = [_locate(question, index) for question in task.questions]
 
     def ask(chats: list[Any], adapter: str | None, max_tokens: int = settings.max_tokens) -> list[Reply]:
@@ -106,13 +99,12 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         completions = engine.complete(prompts, 0, Sampling(temperature=0.0), max_tokens, top_k=1, adapter=adapter)
         return [Reply(done.text.strip(), _confidence(done.topk_logprobs[:, 0])) for done in completions]
 
-    def retrieval_chat(question: str, passages: list[dict[str, Any]]) -> Any:
-        found = [(passage["heading"], passage["text"]) for passage in passages]
-        while True:
-            chat = student_chat(retrieval_question(found, question) if found else question)
-            if not found or len(render_chat(engine.tokenizer, chat)) + settings.max_tokens <= engine.max_model_len:
-                return chat
-            found.pop()
+    def fits(chat: Any) -> bool:
+        return len(render_chat(engine.tokenizer, chat)) + settings.max_tokens <= engine.max_model_len
+
+    def with_passages(passages: list[list[dict[str, Any]]]) -> list[Any]:
+        found = [[(row["heading"], row["text"]) for row in rows] for rows in passages]
+        return [retrieval_chat(texts, q.question, fits) for q, texts in zip(questions, found, strict=True)]
 
     contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
     asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
@@ -129,12 +121,10 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         arms = {"closed_book": ask(plain, None)} | {arm: ask(plain, path) for arm, path in local.items()}
         if config.evaluate.retrieval:
             k = config.serve.retrieval_passages
-            hits = [[hit.passage for hit in index.search(question.question, k)] for question in questions]
-            found = [retrieval_chat(q.question, passages) for q, passages in zip(questions, hits, strict=True)]
+            found = with_passages([[hit.passage for hit in index.search(q.question, k)] for q in questions])
             arms |= {"retrieval": ask(found, None), "adapter_retrieval": ask(found, local["adapter"])}
         if task.nearest:
-            near = [retrieval_chat(q.question, passages) for q, passages in zip(questions, task.nearest, strict=True)]
-            arms["embedding_retrieval"] = ask(near, None)
+            arms["embedding_retrieval"] = ask(with_passages(task.nearest), None)
         arms["gold_passage"] = [
             Reply(text, _confidence(np.asarray(values, np.float32)[:: settings.top_k]))
             for text, values in zip(gold["text"].to_pylist(), gold["topk_logprobs"].to_pylist(), strict=True)

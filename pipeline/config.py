@@ -238,6 +238,9 @@ class Train(Section):
     """Gradients are clipped to this norm."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Softens both distributions in the loss; the paper uses 2."""
+    retrieval_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the samples in which the student is asked with `serve.retrieval_passages` retrieved passages in its
+    prompt, the right one or not, and still has to answer as the teacher does."""
     batch_tokens: int = Field(default=1024, ge=64)
     """Tokens of all workers together in one optimiser step, as they lie in the rows."""
     row_tokens: int = Field(default=256, ge=64)
@@ -450,11 +453,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        if self.update.previous_run and self.general.share + self.update.replay_share >= 1:
-            raise ValueError(
-                f"general.share = {self.general.share} and update.replay_share = {self.update.replay_share} leave no "
-                "room for the corpus; lower one"
-            )
+        shares = {"general.share": self.general.share, "train.retrieval_share": self.train.retrieval_share}
+        if self.update.previous_run:
+            shares["update.replay_share"] = self.update.replay_share
+        if sum(shares.values()) >= 1:
+            listed = " and ".join(f"{name} = {share}" for name, share in shares.items())
+            raise ValueError(f"{listed} leave no room for the corpus; lower one")
         return self
 
 

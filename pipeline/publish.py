@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
-from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, AdapterManifest, Probe, digest
+from pipeline.schema import ANSWER, PASSAGE, AdapterManifest, Probe, digest
 from pipeline.status import require_evaluation
 from pipeline.store import Folder, Stage
 
@@ -175,9 +175,8 @@ def move_alias(adapters: Folder, version: str) -> None:
 
 
 def _index_files(run_dir: str) -> dict[str, bytes]:
-    from pipeline.retrieve import PassageIndex, corpus_passages
+    from pipeline.retrieve import PassageIndex, passages_of
 
-    passages = corpus_passages(Stage(run_dir, "dedup", DOCUMENT), Stage(run_dir, "chunk", PASSAGE))
     with tempfile.TemporaryDirectory(prefix="index-") as folder:
-        PassageIndex.build(passages).save(Path(folder))
+        PassageIndex.build(passages_of(run_dir)).save(Path(folder))
         return {f"{RETRIEVAL}/{file.name}": file.read_bytes() for file in sorted(Path(folder).iterdir())}

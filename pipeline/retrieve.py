@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import Stemmer
 
+from pipeline.schema import DOCUMENT, PASSAGE
 from pipeline.store import Stage
 
 PASSAGES = "passages.parquet"
@@ -96,8 +97,9 @@ def nearest_passages(model: str, passages: pa.Table, questions: list[str], k: in
     return [passages.take(pa.array([hit["corpus_id"] for hit in hits], pa.int64())).to_pylist() for hits in found]
 
 
-def corpus_passages(documents: Stage, passages: Stage) -> pa.Table:
+def passages_of(run_dir: str) -> pa.Table:
     """Return all passages of a run with the source of their document: passage_id, source, heading, text."""
+    documents, passages = Stage(run_dir, "dedup", DOCUMENT), Stage(run_dir, "chunk", PASSAGE)
     source_of = {
         doc_id: source
         for shard in documents.shards()

@@ -48,6 +48,7 @@ def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dic
     settings = {
         "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk", "zero_stage"}),
         "general_share": config.general.share,
+        "retrieval_passages": config.serve.retrieval_passages if config.train.retrieval_share else None,
         "model": model,
         "input": answers.require()["data_digest"],
         "general": general.require()["data_digest"],

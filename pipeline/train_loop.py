@@ -74,11 +74,11 @@ class TrainLoop:
         self.data = AnswerData(*training_tables(config))
         self.teacher_prompts = TeacherPrompts(config) if self.settings.teacher == "online" else None
         settings = self.settings
-        new, removed, old, general = self.data.sizes
+        new, removed, *others = self.data.sizes
         self.plan = plan_run(
             self.data.lengths(),
-            (new + removed, old, general),
-            (config.update.replay_share, config.general.share),
+            (new + removed, *others),
+            (config.update.replay_share, settings.retrieval_share, config.general.share),
             settings.epochs,
             settings.batch_tokens,
             settings.row_tokens,

@@ -1,7 +1,8 @@
 """Complete stages -> the samples of a training, in groups that share an epoch.
 
 In: the config. Out: tables of ANSWER rows: what the corpus teaches that is new, questions about removed passages, what
-it taught a previous run already, and general answers. A shard at a time is in memory.
+it taught a previous run already, answers to find in retrieved passages, and general answers. A shard at a time is in
+memory, and for the retrieved ones an index of all passages.
 """
 
 from collections.abc import Iterator
@@ -10,21 +11,23 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from pipeline.config import Config
-from pipeline.engine import load_tokenizer
+from pipeline.engine import load_tokenizer, render_chat
 from pipeline.general import FORGOTTEN, HELD_OUT
 from pipeline.held_out import NearQuestions, hold_out
 from pipeline.previous import PreviousRun
-from pipeline.prompts import titled
+from pipeline.prompts import retrieval_chat, titled
+from pipeline.retrieve import PassageIndex, passages_of
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
 
 
 class Groups(NamedTuple):
-    """The four groups; `new` and `removed` make up an epoch, the others have a share of it."""
+    """The five groups; `new` and `removed` make up an epoch, the others have a share of it."""
 
     new: Iterator[pa.Table]
     removed: Iterator[pa.Table]
     old: Iterator[pa.Table]
+    retrieval: Iterator[pa.Table]
     general: Iterator[pa.Table]
 
 
@@ -35,15 +38,16 @@ def training_tables(config: Config) -> Groups:
         passages = Stage(config.run_dir, "chunk", PASSAGE)
         tokenizer = load_tokenizer(config.model.path)
         texts = (text_samples(passages.read_shard(shard), tokenizer) for shard in passages.shards())
-        return Groups(texts, iter(()), iter(()), general)
+        return Groups(texts, iter(()), iter(()), iter(()), general)
+    retrieval = _retrieval_answers(config)
     if config.update.previous_run is None:
         answers = Stage(config.run_dir, "filter", ANSWER)
-        return Groups(map(answers.read_shard, answers.shards()), iter(()), iter(()), general)
+        return Groups(map(answers.read_shard, answers.shards()), iter(()), iter(()), retrieval, general)
     previous = PreviousRun(config.update.previous_run)
     new = (new for new, _ in _split(config, "filter", ANSWER, previous))
     old = (old for _, old in _split(config, "filter", ANSWER, previous))  # read again: one group is copied first
     removed = _removed_answers(config, previous) if config.update.forget_removed else iter(())
-    return Groups(new, removed, old, general)
+    return Groups(new, removed, old, retrieval, general)
 
 
 def _split(config: Config, name: str, schema: pa.Schema, previous: PreviousRun) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -68,6 +72,32 @@ def _removed_answers(config: Config, previous: PreviousRun) -> Iterator[pa.Table
         near_ids = {row["question_id"] for row in texts.to_pylist() if near.holds(row["text"])}
         keep = [question_id not in near_ids for question_id in rows["question_id"].to_pylist()]
         yield rows.filter(pa.array(keep, pa.bool_()))
+
+
+def _retrieval_answers(config: Config) -> Iterator[pa.Table]:
+    """Yield answers with retrieved passages in their prompts, evenly spaced among all, about as many as are taken."""
+    share = config.train.retrieval_share
+    if not share:
+        return
+    every = max(1, int(1 / (share * config.train.epochs)))
+    answers, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
+    index, tokenizer = PassageIndex.build(passages_of(config.run_dir)), load_tokenizer(config.model.path)
+    column = ANSWER.get_field_index("prompt_ids")
+    for unit in answers.units():
+        rows = answers.read_unit(unit.name)
+        rows = rows.take(pa.array(range(0, rows.num_rows, every), pa.int64()))
+        texts = {row["question_id"]: row["text"] for row in questions.read_unit(unit.name).to_pylist()}
+        prompts = []
+        for question_id, answer_ids in zip(rows["question_id"].to_pylist(), rows["answer_ids"], strict=True):
+            hits = index.search(texts[question_id], config.serve.retrieval_passages)
+            room = config.model.max_model_len - len(answer_ids)
+            chat = retrieval_chat(
+                [(hit.passage["heading"], hit.passage["text"]) for hit in hits],
+                texts[question_id],
+                lambda chat, room=room: len(render_chat(tokenizer, chat)) <= room,
+            )
+            prompts.append(render_chat(tokenizer, chat))
+        yield rows.set_column(column, ANSWER.field(column), [pa.array(prompts, ANSWER.field(column).type)])
 
 
 def _general_answers(config: Config) -> Iterator[pa.Table]:

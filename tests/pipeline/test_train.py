@@ -25,11 +25,12 @@ from pipeline.config import load_config
 from pipeline.engine import Completion, load_tokenizer, render_chat
 from pipeline.filter import filter_answers
 from pipeline.prompts import student_chat, teacher_chat
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
 from pipeline.stage import only
 from pipeline.store import Stage
 from pipeline.student import KlScorer
 from pipeline.train import train_adapters
+from pipeline.training_data import training_tables
 from pipeline.weak import measure_passages, weak_passages
 from tests.conftest import ROOT
 
@@ -84,6 +85,7 @@ def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     general = answer_table(rows[NUM_ANSWERS:], completions[NUM_ANSWERS:])
     identity = load_base_model(str(tiny_model)).identity()
     tables: list[tuple[str, pa.Schema, pa.Table]] = [
+        ("dedup", DOCUMENT, to_table([Document("d", "mills.txt", "", "")], DOCUMENT)),
         ("chunk", PASSAGE, to_table(passages, PASSAGE)),
         ("question", QUESTION, to_table(questions, QUESTION)),
         ("answer", ANSWER, answers),
@@ -93,7 +95,7 @@ def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name, schema, table in tables:
         stage = Stage(str(run_dir), name, schema)
         stage.open({"model": identity, "answer": {"top_k": TOP_K}})
-        stage.commit("0" if name == "chunk" else "0-00000", [table], [], table.num_rows)
+        stage.commit("0" if name in ("dedup", "chunk") else "0-00000", [table], [], table.num_rows)
         stage.close(0.0)
     return run_dir
 
@@ -214,6 +216,19 @@ def test_dropout_acts_and_recomputed_activations_change_nothing(
     dropped, _ = train(answered, tiny_model, tmp_path / "b", "train.lora.dropout=0.5")
     assert dropped[0] == pytest.approx(reference[0][0], rel=0.05), "a fresh adapter adds nothing"
     assert dropped[-1] > 1.02 * reference[0][-1]
+
+
+def test_some_answers_are_asked_for_with_retrieved_passages(answered: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """A share of an eighth in four epochs takes about half of the answers once."""
+    settings = ["train.retrieval_share=0.125", "train.epochs=4", "general.share=0.1", "serve.retrieval_passages=2"]
+    config = load_config(write_run(tmp_path, answered, tiny_model), settings)
+    groups = training_tables(config)
+    answers, retrieval = pa.concat_tables(groups.new), pa.concat_tables(groups.retrieval)
+    half = answers.take(list(range(0, NUM_ANSWERS, 2)))
+    assert retrieval.drop_columns("prompt_ids") == half.drop_columns("prompt_ids")
+    prompts = load_tokenizer(str(tiny_model)).batch_decode(retrieval["prompt_ids"].to_pylist())
+    assert all(prompt.count("Mill number") == 2 and "What is fact" in prompt for prompt in prompts)
+    assert only(train_adapters([config], load_base_model(str(tiny_model))))["training"]["samples"]["retrieval"] == 12
 
 
 @pytest.mark.long
