@@ -199,16 +199,16 @@ class Update(Section):
     """Share of answers about unchanged passages among the samples of every epoch, against forgetting."""
     forget_removed: bool = False
     """Asked about passages that are no longer there, the student learns to answer like the base model again."""
-    weak_share: float = Field(default=0.0, ge=0, le=1)
-    """Second round: share of the passages there for which questions are written once more, those on which its adapter
-    is furthest from the teacher."""
+    ask_again: bool = False
+    """Second round: about the unchanged passages, too, `question.per_passage` questions are written that were not asked
+    there."""
 
     @model_validator(mode="after")
     def _check(self) -> "Update":
         if self.forget_removed and self.previous_run is None:
             raise ValueError("forget_removed = true needs previous_run, to know what was removed; set it")
-        if self.weak_share and self.previous_run is None:
-            raise ValueError(f"weak_share = {self.weak_share} needs previous_run, whose adapter is measured; set it")
+        if self.ask_again and self.previous_run is None:
+            raise ValueError("ask_again = true needs previous_run, to know what was asked; set it")
         return self
 
 

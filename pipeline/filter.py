@@ -14,8 +14,9 @@ import pyarrow as pa
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
 from pipeline.prompts import content_words, invents_number, normalise, sentences, speaks_of_text, titled
+from pipeline.resources import worker_options
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
-from pipeline.stage import Actors, Job, run_alike, training_actors
+from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit
 
 TOUCHED_SHARE = 0.5  # of a sentence's content words stand in one question and its answer
@@ -26,7 +27,7 @@ def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:
     cluster = configs[0].cluster
     actors = Actors(cluster, cluster.num_engines)
     if configs[0].filter.min_initial_kl is not None:
-        actors = training_actors(cluster)
+        actors = Actors(cluster, cluster.num_workers, worker_options(cluster))
     return run_alike([partial(filter_job, config) for config in configs], actors, redo)
 
 

@@ -34,10 +34,6 @@ class PreviousRun:
         self._read = lru_cache(CACHED_UNITS)(lambda stage, unit: self._stages[stage].read_unit(unit))
         self._asked = lru_cache(CACHED_UNITS)(self._question_ids)
 
-    def id_there(self, passage: dict[str, Any]) -> str | None:
-        """Return what the passage is called there, if it stood there."""
-        return self._passages.get(_key(passage), (None, None))[1]
-
     def holds(self, passage: dict[str, Any]) -> bool:
         """Say whether this heading and text stood there."""
         return _key(passage) in self._passages

@@ -7,7 +7,7 @@ other seeds for a bounded number of rounds.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -29,7 +29,6 @@ from pipeline.prompts import (
 from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, seed_of, to_table
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
-from pipeline.weak import weak_passages
 
 
 class Call(NamedTuple):
@@ -50,8 +49,7 @@ def question_job(config: Config, base: BaseModel) -> Job:
     if update.previous_run:
         had = Stage(update.previous_run, "question", QUESTION).require()["settings"]["question"]["seed"]
         # The same requests again would give the same ids, and the same questions.
-        settings = settings.model_copy(update={"seed": max(settings.seed, had + bool(update.weak_share))})
-    weak = weak_passages(config) if update.weak_share else set[str]()
+        settings = settings.model_copy(update={"seed": max(settings.seed, had + update.ask_again)})
     return Job(
         Stage(config.run_dir, "question", QUESTION),
         {
@@ -60,18 +58,23 @@ def question_job(config: Config, base: BaseModel) -> Job:
             "model": base.identity(),
             "prompts": prompts_digest(),
             "input": passages.require()["data_digest"],
-            **({"weak": digest(*sorted(weak))} if weak else {}),
+            **({"ask_again": True} if update.ask_again else {}),
             **previous_settings(config, base),
         },
         [{"name": shard.removesuffix(".parquet")} for shard in passages.shards()],
         QuestionWriter,
-        {"run_dir": config.run_dir, "settings": settings, "previous_run": config.update.previous_run, "weak": weak},
+        {
+            "run_dir": config.run_dir,
+            "settings": settings,
+            "previous_run": update.previous_run,
+            "ask_again": update.ask_again,
+        },
         config.max_reject_share,
     )
 
 
 class QuestionWriter:
-    """One unit is one shard of passages; those of a previous run keep their questions, and the weak ones get more."""
+    """One unit is one shard of passages; those of a previous run keep their questions, and may get more."""
 
     def __init__(
         self,
@@ -79,14 +82,14 @@ class QuestionWriter:
         settings: QuestionSection,
         engine: Engine,
         previous_run: str | None = None,
-        weak: Collection[str] = (),
+        ask_again: bool = False,
     ) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
         self._settings = settings
         self._engine = engine
         self._previous = PreviousRun(previous_run)
-        self._weak = weak
+        self._ask_again = ask_again
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
@@ -97,7 +100,7 @@ class QuestionWriter:
         quotas = [
             _Quota(passage, self._settings, had.get(passage["passage_id"], []))
             for passage in passages
-            if (there := self._previous.id_there(passage)) is None or there in self._weak
+            if self._ask_again or not self._previous.holds(passage)
         ]
         before = self._engine.stats
         for round_ in range(self._settings.max_rounds):

@@ -152,9 +152,6 @@ ANSWER = pa.schema(
 )
 
 
-PASSAGE_KL = pa.schema([("passage_id", pa.string()), ("kl", pa.float64())])
-
-
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """Written by any stage, read by people. `record_id` is the id or the source of what was rejected."""

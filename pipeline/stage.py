@@ -26,7 +26,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pipeline.config import Cluster
-from pipeline.resources import cluster_address, this_machine, worker_options
+from pipeline.resources import cluster_address, this_machine
 from pipeline.schema import digest
 from pipeline.store import PROGRESS_S, Stage, Unit
 
@@ -116,11 +116,6 @@ class Actors:
     count: int | None = None
     options: dict[str, Any] = field(default_factory=lambda: {"num_cpus": 1})
     load_engine: Callable[[], Any] | None = None
-
-
-def training_actors(cluster: Cluster) -> Actors:
-    """Return actors that are as many and as large as the workers of a training."""
-    return Actors(cluster, cluster.num_workers, worker_options(cluster))
 
 
 class _UnitActor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, PASSAGE_KL, QUESTION
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.score import ARMS
 from pipeline.store import Folder, Stage
 
@@ -37,8 +37,6 @@ def stages_of(config: Config) -> dict[str, Stage]:
     schemas = SCHEMAS | {f"baseline-{name}": ANSWER for name in config.evaluate.baselines}
     if config.update.forget_removed:
         schemas["forgotten"] = ANSWER
-    if config.update.weak_share:
-        schemas["weak"] = PASSAGE_KL
     return {name: Stage(config.run_dir, name, schema) for name, schema in schemas.items()}
 
 

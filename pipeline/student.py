@@ -122,16 +122,15 @@ class KlScorer:
         return result
 
 
-_loaded: dict[tuple[str, str], KlScorer] = {}
+_loaded: dict[str, KlScorer] = {}
 
 
-def shared_scorer(config: Config, adapter: Folder | None = None) -> KlScorer:
-    """Return a scorer of an adapter, or of none, for all corpora of this process; one is in memory at a time."""
-    key = (config.model.path, adapter.uri if adapter else "")
-    if key not in _loaded:
-        _loaded.clear()
-        _loaded[key] = KlScorer(config.train, config.model.path, config.cluster.worker_cpus, adapter)
-    return _loaded[key]
+def shared_scorer(config: Config) -> KlScorer:
+    """Return a scorer without a trained adapter, for all corpora of this process."""
+    path = config.model.path
+    if path not in _loaded:
+        _loaded[path] = KlScorer(config.train, path, config.cluster.worker_cpus)
+    return _loaded[path]
 
 
 class GreedyReply(NamedTuple):

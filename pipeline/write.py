@@ -17,7 +17,6 @@ from pipeline.resources import engine_options
 from pipeline.schema import ANSWER, QUESTION
 from pipeline.stage import Actors, Job, attempt, run_stages
 from pipeline.store import Stage
-from pipeline.weak import measure_passages
 
 PARTS = ("question", "answer", "general")
 
@@ -28,13 +27,7 @@ def write(configs: list[Config], base: BaseModel, redo: bool = False, stages: tu
     The corpora share model and settings, so the general answers are written once, for the first, and copied; not even
     once if a previous run has them.
     """
-    measured: list[Any] = [None] * len(configs)
-    if configs[0].update.weak_share and "question" in stages:
-        measured = measure_passages(configs, base, redo)
-    planned = [
-        weak if isinstance(weak, ValueError) else attempt(partial(_jobs, config, base, redo, stages))
-        for config, weak in zip(configs, measured, strict=True)
-    ]
+    planned = [attempt(partial(_jobs, config, base, redo, stages)) for config in configs]
     plans = [plan for plan in planned if not isinstance(plan, ValueError)]
     copies = [plan.pop("general") for plan in plans[1:] if "general" in plan]
     jobs = [job for plan in plans for job in plan.values()]

@@ -135,7 +135,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             {"slope.passages.answer_s", "slope.k.answer_bytes_per_token"},
         ),
         (["injection_quality"], {"gap_closed", "adapter_retrieval_over_retrieval"}),
-        (["second_round", "--seeds", "1"], {"gap_closed_over_first", "gap_closed_over_all"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -326,11 +326,9 @@ def test_an_update_writes_about_what_changed_alone(finished: tuple[Path, dict, P
     assert "previous" in result["scores"] and "retrieval" not in result["scores"]
 
 
-def test_a_second_round_asks_weak_passages_for_other_questions(
-    finished: tuple[Path, dict, Path], tmp_path: Path
-) -> None:
+def test_a_second_round_asks_other_questions(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
     folder, _, config = finished
-    settings = (f"run_dir={tmp_path}/run", f"update.previous_run={folder}/run", "update.weak_share=1.0")
+    settings = (f"run_dir={tmp_path}/run", f"update.previous_run={folder}/run", "update.ask_again=true")
     for command in ("read", "chunk", "write"):
         finish(config, command, *settings)
     asked, before = (Stage(str(run), "question", QUESTION) for run in (tmp_path / "run", folder / "run"))
