@@ -14,8 +14,8 @@ from pipeline.config import Cluster, Config
 GPU_OVERHEAD = 1.2  # weights to memory: activations, CUDA context; keys and values come on top
 NAMES = {"CPU": "CPU cores", "GPU": "GPUs"}
 # For glibc: no memory is given back to the system before the process ends. Logits and activations are large, and every
-# page of them that comes back from there costs a fault: up to a fifth of a training step on a CPU, and with a vocabulary
-# of 150,000 a tenth of an answer; with one of 50,000 an answer takes as long.
+# page of them that comes back from there costs a fault: up to a fifth of a training step on a CPU, and of an answer a
+# tenth with a vocabulary of 150,000, nothing with one of 50,000.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
