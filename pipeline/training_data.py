@@ -16,7 +16,6 @@ from pipeline.general import FORGOTTEN, HELD_OUT
 from pipeline.held_out import NearQuestions, hold_out
 from pipeline.previous import PreviousRun
 from pipeline.prompts import retrieval_chat, titled
-from pipeline.retrieve import PassageIndex, passages_of
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
 
@@ -79,6 +78,8 @@ def _retrieval_answers(config: Config) -> Iterator[pa.Table]:
     share = config.train.retrieval_share
     if not share:
         return
+    from pipeline.retrieve import PassageIndex, passages_of
+
     every = max(1, int(1 / (share * config.train.epochs)))
     answers, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
     index, tokenizer = PassageIndex.build(passages_of(config.run_dir)), load_tokenizer(config.model.path)
