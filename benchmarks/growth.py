@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.record import ROOT, WRITTEN, branch, claim, config_parser, save, write_once
+from benchmarks.record import ROOT, WRITTEN, branch, claim, config_parser, describe_run, save, write_once
 from pipeline.config import load_config
 from pipeline.status import stages_of
 
@@ -61,8 +61,7 @@ def main() -> int:
         options.name,
         {
             "benchmark": "growth",
-            "model": Path(config.model.path).name,
-            "settings": config.model_dump(include={"chunk", "question", "answer", "filter", "train"}),
+            **describe_run(config),
             "curves": curves,
             "slopes": slopes,
             "claims": [

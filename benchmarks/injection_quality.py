@@ -68,6 +68,11 @@ def make_claims(run: dict[str, Any], aim: float) -> list[dict[str, Any]]:
         ),
         claim("adapter_retrieval_over_retrieval", round(score["adapter_retrieval"] - score["retrieval"], 4), 0.0),
         *([claim("adapter_over_sft_interval_low", low["adapter", "sft"], 0.0)] if "sft" in score else []),
+        *(
+            claim("adapter_over_sft_kl_interval_high", row["interval"][1], 0.0, at_most=True)
+            for row in run["kl_comparisons"]
+            if row["over"] == "sft"
+        ),
     ]
 
 

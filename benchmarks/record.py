@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ def spread(values: Sequence[float], digits: int = 1) -> dict[str, float]:
     }
 
 
+@cache
 def describe_machine() -> dict[str, Any]:
-    """Versions, device and commit, and whether the tree was clean."""
+    """Versions, device and commit, and whether the tree was clean, when this was called first."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -69,8 +71,11 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_run(config: Config) -> dict[str, Any]:
     """Return what the quality of a run depends on beside its documents: the base model and the stages' settings."""
-    sections = {"chunk", "question", "answer", "general", "filter", "train"}
-    return {"model": Path(config.model.path).name, "settings": config.model_dump(include=sections)}
+    sections = {"chunk", "question", "answer", "general", "filter", "update", "train"}
+    settings = config.model_dump(include=dict.fromkeys(sections, True) | {"serve": {"retrieval_passages"}})
+    if config.update.previous_run:
+        settings["update"]["previous_run"] = Path(config.update.previous_run).name
+    return {"model": Path(config.model.path).name, "settings": settings}
 
 
 def save(name: str | None, result: dict[str, Any]) -> None:
@@ -127,7 +132,7 @@ def run_branch(
     Only the adapter is asked, and what it is compared with, unless the overrides have `evaluate.retrieval=true`.
     """
     run_dir, own = branch(path, overrides, name, seed)
-    return run_dir, run_pipeline("run", path, "evaluate.retrieval=false", *own, *changes)
+    return run_dir, run_pipeline("run", path, "evaluate.retrieval=false", *own, "evaluate.baselines=[]", *changes)
 
 
 def load_written(path: str, overrides: Sequence[str]) -> Config:
@@ -166,7 +171,8 @@ def run_arm(
 
 
 def config_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser of what every benchmark of a config takes."""
+    """Return a parser of what every benchmark of a config takes; the commit is that of this moment."""
+    describe_machine()
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -10,11 +10,10 @@ compare.
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import claim, config_parser, run_branch, save, write_once
+from benchmarks.record import claim, config_parser, describe_run, run_branch, save, write_once
 from pipeline.config import load_config
 
 
@@ -50,8 +49,7 @@ def main() -> int:
         options.name,
         {
             "benchmark": "teachers",
-            "model": Path(config.model.path).name,
-            "settings": config.model_dump(include={"question", "answer", "train"}),
+            **describe_run(config),
             "runs": {teacher: {k: v for k, v in run.items() if k != "adapter"} for teacher, run in runs.items()},
             "loss_curves": curves,
             "claims": claims,

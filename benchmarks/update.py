@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.injection_quality import read_set, write_corpus, write_questions
-from benchmarks.record import claim, config_parser, run_pipeline, save
+from benchmarks.record import claim, config_parser, describe_run, run_pipeline, save
 from pipeline.config import load_config
 from pipeline.score import gap_closed
 from pipeline.status import stages_of
@@ -35,9 +35,11 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     run_dir = Path(load_config(options.config, options.overrides).run_dir)
     rows = list(read_set(options.data).items())[: options.passages + options.changed]
+    if len(rows) < options.passages + options.changed:
+        sys.exit(f"{options.data} has {len(rows)} passages; lower --passages or --changed")
     before, spare = dict(rows[: options.passages]), rows[options.passages :]
     changed = {name: asked for name, (_, asked) in zip(before, spare, strict=False)}
-    first = [*options.overrides, *write_corpus(run_dir / "data", before)]
+    first = [*options.overrides, *write_corpus(run_dir / "data", before), "evaluate.baselines=[]"]
     run_pipeline("run", options.config, *first, "--force", "measured")
 
     updated = run_dir.with_name(f"{run_dir.name}-updated")
@@ -67,11 +69,8 @@ def main() -> int:
         options.name,
         {
             "benchmark": "update",
-            "model": Path(load_config(options.config, second).model.path).name,
+            **describe_run(load_config(options.config, second)),
             "data": f"first {options.passages} passages of {Path(options.data).name}, {options.changed} changed",
-            "settings": load_config(options.config, second).model_dump(
-                include={"question", "answer", "train", "update"}
-            ),
             "costs": dict(zip(("first run", "update"), costs, strict=True)),
             "scores": scores,
             "run": {key: value for key, value in run.items() if key != "adapter"},
@@ -116,12 +115,14 @@ def make_claims(costs: list[dict[str, float]], scores: dict[str, dict[str, Any]]
         return round(costs[1][name] / costs[0][name], 4)
 
     kept = scores["unchanged"]
-    new, old = gap(scores["changed"]), gap(kept)
+    new, old = gap(scores["changed"]), gap(kept) or 0.0
     return [
         claim("share_of_written_tokens", of("written tokens"), 1.25 * share, at_most=True),
         claim("share_of_trained_tokens", of("trained tokens"), 0.25, at_most=True),
         claim("unchanged_after_minus_before", round(kept["adapter"] - kept["previous"], 4), -0.05),
-        claim("gap_closed_on_changed_over_unchanged", round(new / old, 3) if new is not None and old else None, 0.8),
+        claim(
+            "gap_closed_on_changed_over_unchanged", round(new / old, 3) if new is not None and old > 0 else None, 0.8
+        ),
     ]
 
 

@@ -5,7 +5,6 @@ nodes look at what only they see: the model's folder, the GPUs' memory, and whet
 """
 
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,9 @@ def _look(model: str) -> dict[str, int | None]:
 
 
 def _try_to_write(field: str, uri: str) -> str | None:
-    folder, name = Folder(uri), f"check-{uuid.uuid4().hex}"
+    folder = Folder(uri)
     try:
-        folder.write_bytes(name, b"check")
-        if folder.read_bytes(name) != b"check":
-            return f"{field} = {folder} does not give back what was written"
-        folder.delete_file(name)
+        folder.try_to_write()
     except (OSError, ValueError) as error:
         return f"{field} = {folder} cannot be written from a node ({error}); give the nodes rights, or another place"
     return None

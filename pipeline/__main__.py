@@ -65,7 +65,7 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     base = load_base_model(next(iter(configs.values())).model.path)
     if command in ("run", "plan"):
         refuse_small_machine(next(iter(configs.values())))
-    results = {name: attempt(partial(_prepare, config)) for name, config in configs.items()}
+    results = {name: attempt(partial(_prepare, config, command)) for name, config in configs.items()}
     with ray_session():
         for stage in STAGES if command == "run" else (command,):
             left = [name for name, result in results.items() if not isinstance(result, ValueError)]
@@ -81,7 +81,8 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     return results
 
 
-def _prepare(config: Config) -> None:
+def _prepare(config: Config, command: str) -> None:
+    """Raise ValueError for what would fail hours later."""
     from pipeline.held_out import load_questions, read_questions
     from pipeline.store import Folder
 
@@ -93,10 +94,15 @@ def _prepare(config: Config) -> None:
         raise ValueError("evaluate.judge.model needs OPENAI_API_KEY in the environment, or evaluate.judge.url; set one")
     load_questions(config.evaluate)
     read_questions("evaluate.unrelated", config.evaluate.unrelated)
-    try:
-        Folder(config.run_dir).write_json("config.json", config.model_dump())
-    except OSError as error:
-        raise ValueError(f"run_dir = {config.run_dir!r}: cannot be written ({error})") from None
+    folders = {"run_dir": Folder(config.run_dir)}
+    if command in ("run", "publish"):
+        folders["publish.registry"] = Folder(config.publish.registry)
+    for field, folder in folders.items():
+        try:
+            folder.try_to_write()
+        except OSError as error:
+            raise ValueError(f"{field} = {folder}: cannot be written ({error})") from None
+    folders["run_dir"].write_json("config.json", config.model_dump())
 
 
 def _stage(name: str, options: argparse.Namespace) -> Callable[[list[Config], Any, bool], list[Any]]:

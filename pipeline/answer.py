@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config
@@ -51,7 +52,9 @@ class AnswerWriter:
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
         kept = self._previous.rows("answer", passages)
-        new, _ = self._previous.split(self._questions.read_unit(unit["name"]), passages)
+        # New ones, and those for whose prompts there was no room before.
+        answered = pc.field("question_id").isin(kept["question_id"].combine_chunks())
+        new = self._questions.read_unit(unit["name"]).filter(~answered)
         before = self._engine.stats
         written, rejected = answer_questions(
             self._engine, {row["passage_id"]: row for row in passages}, new.to_pylist(), self._settings

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pipeline.config import Config, Judge, Sampling
 from pipeline.held_out import TestQuestion
 from pipeline.prompts import judge_chat, parse_grade, retrieval_chat, student_chat
+from pipeline.schema import digest
 from pipeline.stage import attempt
 from pipeline.store import Folder, Stage
 
@@ -103,14 +104,18 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         return len(render_chat(engine.tokenizer, chat)) + settings.max_tokens <= engine.max_model_len
 
     def with_passages(passages: list[list[dict[str, Any]]]) -> list[Any]:
-        found = [[(row["heading"], row["text"]) for row in rows] for rows in passages]
-        return [retrieval_chat(texts, q.question, fits) for q, texts in zip(questions, found, strict=True)]
+        return [retrieval_chat(found, q.question, fits) for q, found in zip(questions, passages, strict=True)]
 
     contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
     asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
     gold, rejected = answer_questions(engine, contexts, asked, settings)
     if rejected:
-        raise ValueError(f"evaluate.questions: {len(rejected)} contexts are too long, the first: {rejected[0].detail}")
+        ids = {digest(question.id, 0, settings.seed): question.id for question in questions}
+        first = rejected[0]
+        raise ValueError(
+            f"{len(rejected)} contexts of evaluation questions are too long, first that of {ids[first.record_id]!r} "
+            f"({first.detail}); shorten them, lower evaluate.max_tokens or raise model.max_model_len"
+        )
     plain = [student_chat(question.question) for question in questions]
     general = [student_chat(row["question"]) for row in general_questions()]
     short = min(GENERAL_TOKENS, settings.max_tokens)
@@ -175,5 +180,8 @@ def _grade_remotely(judge: Judge, chats: list[Any], api_key: str) -> list[str]:
         )
         return done.choices[0].message.content or ""
 
-    with ThreadPoolExecutor(judge.concurrency) as pool:
-        return list(pool.map(grade, chats))
+    try:
+        with ThreadPoolExecutor(judge.concurrency) as pool:
+            return list(pool.map(grade, chats))
+    except openai.OpenAIError as error:
+        raise ValueError(f"evaluate.judge: {judge.model!r} does not grade ({error})") from None

@@ -198,7 +198,8 @@ class Update(Section):
     replay_share: float = Field(default=0.5, ge=0, lt=1)
     """Share of answers about unchanged passages among the samples of every epoch, against forgetting."""
     forget_removed: bool = False
-    """Asked about passages that are no longer there, the student learns to answer like the base model again."""
+    """Asked about passages of previous_run that are no longer there, word for word, the student learns to answer like
+    the base model again."""
     ask_again: bool = False
     """Second round: about the unchanged passages, too, `question.per_passage` questions are written that were not asked
     there."""
@@ -238,9 +239,6 @@ class Train(Section):
     """Gradients are clipped to this norm."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Softens both distributions in the loss; the paper uses 2."""
-    retrieval_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the samples in which the student is asked with `serve.retrieval_passages` retrieved passages in its
-    prompt, the right one or not, and still has to answer as the teacher does."""
     batch_tokens: int = Field(default=1024, ge=64)
     """Tokens of all workers together in one optimiser step, as they lie in the rows."""
     row_tokens: int = Field(default=256, ge=64)
@@ -453,9 +451,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        shares = {"general.share": self.general.share, "train.retrieval_share": self.train.retrieval_share}
+        shares = {"general.share": self.general.share}
         if self.update.previous_run:
             shares["update.replay_share"] = self.update.replay_share
+            if self.update.previous_run.rstrip("/") == self.run_dir.rstrip("/"):
+                raise ValueError(
+                    f"update.previous_run = {self.update.previous_run!r} is run_dir itself; give the update a run_dir "
+                    "of its own"
+                )
         if sum(shares.values()) >= 1:
             listed = " and ".join(f"{name} = {share}" for name, share in shares.items())
             raise ValueError(f"{listed} leave no room for the corpus; lower one")

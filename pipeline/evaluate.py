@@ -1,9 +1,9 @@
 """Questions with known answers -> the arms, their scores, and what the adapter lost.
 
 In: a JSONL of questions, or the written questions that `filter` held out, the base model and the trained adapter.
-Out: `evaluate/report.json`, and one line per question with every arm's reply in `evaluate/answers.jsonl`. Baselines are
-trained here first. The manifest also holds a probe: a training question with PEFT's answer, which the endpoint must
-give, too.
+Out: the scores in the stage's manifest, and one line per question with every arm's reply in `evaluate/answers.jsonl`.
+Baselines are trained here first. The manifest also holds a probe: a training question with PEFT's answer, which the
+endpoint must give, too.
 """
 
 import json
@@ -23,6 +23,7 @@ from pipeline.config import Config, Evaluate, Update
 from pipeline.held_out import (
     TestQuestion,
     by_id,
+    count_trained_on,
     held_out_questions,
     load_questions,
     read_questions,
@@ -33,9 +34,19 @@ from pipeline.measure import measure_adapters
 from pipeline.prompts import declines
 from pipeline.resources import engine_options, worker_options
 from pipeline.schema import ANSWER, QUESTION, digest
-from pipeline.score import RIGHT, Points, calibrate, group_means, interval, make_report, substring_match, token_f1
+from pipeline.score import (
+    RIGHT,
+    Points,
+    calibrate,
+    compare_kl,
+    group_means,
+    interval,
+    make_report,
+    substring_match,
+    token_f1,
+)
 from pipeline.stage import attempt, show_progress, start_ray, watching
-from pipeline.store import Folder, Stage
+from pipeline.store import Folder, Stage, require_line
 from pipeline.train import train_adapters
 
 LINEAGE_ROWS = 3
@@ -79,13 +90,15 @@ def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False
         measured: list[Any] = call(_measure_all, worker, list(tasks.values()), base.path, replies)
         seconds = (time.monotonic() - started) / len(tasks)
         for (number, task), said, found in zip(tasks.items(), replies, measured, strict=True):
-            outcomes[number] = said if isinstance(said, ValueError) else _close(task, said, found, seconds)
+            error = next((result for result in (said, found) if isinstance(result, ValueError)), None)
+            outcomes[number] = error or attempt(partial(_close, task, said, found, seconds))
     return outcomes
 
 
 def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
     """Return what is to be evaluated, or the manifest if nothing is."""
     train, general = Stage(config.run_dir, "train", ANSWER), Stage(config.run_dir, "general", ANSWER)
+    *_, trained = require_line([*(Stage(config.run_dir, name, ANSWER) for name in ("answer", "filter")), train])
     stage = Stage(config.run_dir, "evaluate", ANSWER)
     questions = load_questions(config.evaluate) or held_out_questions(config)
     unrelated = read_questions("evaluate.unrelated", config.evaluate.unrelated)
@@ -97,7 +110,7 @@ def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
         "retrieval_passages": config.serve.retrieval_passages,
         "questions": digest(*(json.dumps(question) for question in [*questions, *unrelated])),
         "model": base.identity(),
-        "input": train.require()["data_digest"],
+        "input": trained["data_digest"],
         "general": general.require()["data_digest"],
     }
     if not stage.open(settings, redo):
@@ -115,9 +128,8 @@ def _close(task: Task, replies: Replies, measured: dict[str, Any], seconds: floa
         report |= _score(task.config, replies, task.stage)
     lost = _lost(replies, task.unrelated, task.config.evaluate)
     lost |= {"kl_to_base": measured["kl_to_base"].get("adapter"), "prompts": measured.pop("general_prompts")}
-    report |= measured | {"lost": lost}
-    task.stage.folder.write_json("report.json", report)
-    return task.stage.close(seconds, report)
+    kl = compare_kl(measured.pop("kl_to_teacher"), measured.pop("answer_tokens"), task.config.evaluate)
+    return task.stage.close(seconds, report | measured | kl | {"lost": lost})
 
 
 def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
@@ -126,8 +138,9 @@ def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
     metric = "substring_match" if config.evaluate.questions else "token_f1"
     report = make_report(points, metric, config.evaluate) | {
         "questions_from": "file" if config.evaluate.questions else "generated",
+        "trained_on": count_trained_on(config, replies.questions),
         "calibration": {
-            arm: calibrate([reply.confidence for reply in said], points[arm][metric])
+            arm: calibrate([reply.confidence for reply in said], [value >= RIGHT for value in points[arm][metric]])
             for arm, said in replies.arms.items()
         },
         "by_kind": group_means("kind", [q.kind for q in replies.questions], points, metric),
@@ -154,9 +167,11 @@ def previous_version(config: Config, base: BaseModel) -> Folder | None:
 
 
 def _measure_all(tasks: list[Task], base_path: str, replies: list[Any]) -> list[Any]:
-    """Return what `measure_adapters` does of every task that has replies, and None of the others."""
+    """Return what `measure_adapters` does of every task that has replies, or the ValueError, and None of the others."""
     return [
-        None if isinstance(said, ValueError) else measure_adapters(task.config, base_path, said.gold, task.adapters)
+        None
+        if isinstance(said, ValueError)
+        else attempt(partial(measure_adapters, task.config, base_path, said.gold, task.adapters))
         for task, said in zip(tasks, replies, strict=True)
     ]
 

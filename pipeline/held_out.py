@@ -98,6 +98,8 @@ def hold_out(config: Config) -> HeldOut:
         num_new += written.num_rows
         new = heapq.nsmallest(settings.held_out, [*new, *_ids_and_texts(written)])
         held_before = heapq.nsmallest(settings.held_out, [*held_before, *_ids_and_texts(before)])
+    if config.update.previous_run is not None:
+        new = _not_asked_before(new, config.update.previous_run, settings.near_duplicate_threshold)
     chosen = heapq.nsmallest(settings.held_out, [*new[: num_new // 10], *held_before])
     return HeldOut(frozenset(i for i, _ in chosen), [text for _, text in chosen], settings.near_duplicate_threshold)
 
@@ -124,6 +126,15 @@ def _untrained_questions(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
         yield rows.filter(pc.field("passage_id").isin(new)), rows.filter(pc.field("question_id").isin(ids))
 
 
+def _not_asked_before(chosen: list[tuple[str, str]], previous_run: str, threshold: float) -> list[tuple[str, str]]:
+    """Leave out what nearly repeats a question of the previous run, whose adapter may have been trained on it."""
+    near = NearQuestions(HeldOut(frozenset(), [text for _, text in chosen], threshold))
+    asked = Stage(previous_run, "question", QUESTION)
+    texts = (text for shard in asked.shards() for text in asked.read_shard(shard, ["text"])["text"].to_pylist())
+    repeated = {index for text in texts for index in near.find(text)}
+    return [pair for index, pair in enumerate(chosen) if index not in repeated]
+
+
 def _ids_and_texts(questions: pa.Table) -> Iterator[tuple[str, str]]:
     return zip(questions["question_id"].to_pylist(), questions["text"].to_pylist(), strict=True)
 
@@ -140,12 +151,34 @@ class NearQuestions:
                 self._with_word.setdefault(word, []).append(index)
 
     def holds(self, question: str) -> bool:
-        """True if the Jaccard similarity of the words reaches the threshold for some evaluation question."""
+        """True if the question nearly repeats some evaluation question."""
+        return bool(self.find(question))
+
+    def find(self, question: str) -> list[int]:
+        """Return which evaluation questions it nearly repeats: the Jaccard similarity of the words says so."""
         words = set(normalise(question).split())
         shared = Counter(index for word in words for index in self._with_word.get(word, ()))
-        return any(
-            count >= self._threshold * (len(words) + len(self._words[index]) - count) for index, count in shared.items()
-        )
+        return [
+            index
+            for index, count in shared.items()
+            if count >= self._threshold * (len(words) + len(self._words[index]) - count)
+        ]
+
+
+def count_trained_on(config: Config, questions: list[TestQuestion]) -> int:
+    """Return how many of the questions one that was trained on nearly repeats.
+
+    None, unless `evaluate.questions` changed after `filter`, which takes such answers out of training.
+    """
+    texts = [question.question for question in questions]
+    near = NearQuestions(HeldOut(frozenset(), texts, config.evaluate.near_duplicate_threshold))
+    kept, written = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
+    repeated: set[int] = set()
+    for unit in kept.units():
+        ids = kept.read_unit(unit.name, ["question_id"])["question_id"].combine_chunks()
+        rows = written.read_unit(unit.name, ["question_id", "text"]).filter(pc.field("question_id").isin(ids))
+        repeated |= {index for text in rows["text"].to_pylist() for index in near.find(text)}
+    return len(repeated)
 
 
 def held_out_questions(config: Config) -> list[TestQuestion]:

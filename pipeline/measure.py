@@ -22,9 +22,10 @@ PROBE_TOKENS = 12
 
 
 def measure_adapters(config: Config, base_path: str, gold: pa.Table, adapters: dict[str, Folder]) -> dict[str, Any]:
-    """Return `kl_to_teacher` on the gold answers and `kl_to_base` on general ones of every adapter, and the `probe`.
+    """Return what the adapters say of stored answers, and the `probe`.
 
-    Runs in a process of its own: torch keeps its memory.
+    `kl_to_teacher` has for every arm each gold answer's mean KL, [answers], and `answer_tokens` their lengths;
+    `kl_to_base` has the mean over the general answers' tokens. Runs in a process of its own: torch keeps its memory.
     """
     from pipeline.student import KlScorer
 
@@ -38,17 +39,21 @@ def measure_adapters(config: Config, base_path: str, gold: pa.Table, adapters: d
             probe = asdict(_record_probe(config, scorer.model))
         if len(gold):
             if not to_teacher:
-                to_teacher["closed_book"] = _mean(scorer.initial_kl(gold), gold)
-            to_teacher[arm] = _mean(scorer.kl(gold), gold)
+                to_teacher["closed_book"] = scorer.initial_kl(gold)
+            to_teacher[arm] = scorer.kl(gold)
         if len(general):
-            to_base[arm] = _mean(scorer.kl(general), general)
-    return {"kl_to_teacher": to_teacher, "kl_to_base": to_base, "general_prompts": len(general), "probe": probe}
+            to_base[arm] = float(np.average(scorer.kl(general), weights=_lengths(general)))
+    return {
+        "kl_to_teacher": to_teacher,
+        "answer_tokens": _lengths(gold),
+        "kl_to_base": to_base,
+        "general_prompts": len(general),
+        "probe": probe,
+    }
 
 
-def _mean(kl: np.ndarray, answers: pa.Table) -> float:
-    """Return the mean over tokens of answers' mean KL."""
-    tokens = np.asarray(pc.call_function("list_value_length", [answers["answer_ids"]]))
-    return float(np.average(kl, weights=tokens))
+def _lengths(answers: pa.Table) -> np.ndarray:
+    return np.asarray(pc.call_function("list_value_length", [answers["answer_ids"]]))
 
 
 def _record_probe(config: Config, model: Any) -> Probe:

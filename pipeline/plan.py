@@ -46,11 +46,14 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
         raise ValueError("\n".join(reasons))
     read = only(read_documents([config], redo))
     chunked = only(chunk_documents([config], redo))
+    share = config.general.share if config.general.prompts else 0.0
+    general = {"prompts": SAMPLE_PROMPTS, "held_out": 0, "share": share}
     sample = config.model_copy(
         update={
             "run_dir": (Folder(config.run_dir) / "plan").uri,
-            "general": config.general.model_copy(update={"prompts": SAMPLE_PROMPTS, "held_out": 0}),
+            "general": config.general.model_copy(update=general),
             "train": config.train.model_copy(update={"epochs": 1}),
+            "evaluate": config.evaluate.model_copy(update={"held_out": 0}),
             "update": Update(),
         }
     )

@@ -1,7 +1,8 @@
 """A corpus that changed -> what an earlier run of it already wrote.
 
 In: `update.previous_run`. Out: for passages whose heading and text stood there, too, their questions and answers, so
-that only new and changed passages are written about. Rows keep their ids unless the passage got another one.
+that only new and changed passages are written about. Rows keep their ids unless the passage got another one. A run that
+cannot be gone on from is refused before anything is written.
 """
 
 from functools import lru_cache
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, digest
-from pipeline.store import Folder, Stage
+from pipeline.store import Folder, Stage, require_line
 
 CACHED_UNITS = 4
 IDS = ("question_id", "answer_id")
@@ -24,15 +25,19 @@ class PreviousRun:
 
     def __init__(self, run_dir: str | None) -> None:
         self._passages: dict[bytes, tuple[str, str]] = {}  # key -> unit and id there
+        self._twins: dict[tuple[bytes, str], str] = {}  # key and id there of further passages of one text -> unit
         if run_dir is None:
             return
         passages = Stage(run_dir, "chunk", PASSAGE)
         for shard in passages.shards():
             for row in passages.read_shard(shard, ["passage_id", "heading", "text"]).to_pylist():
-                self._passages.setdefault(_key(row), (shard.removesuffix(".parquet"), row["passage_id"]))
+                there = (shard.removesuffix(".parquet"), row["passage_id"])
+                if self._passages.setdefault(_key(row), there) != there:
+                    self._twins[_key(row), row["passage_id"]] = there[0]
         self._stages = {"question": Stage(run_dir, "question", QUESTION), "answer": Stage(run_dir, "answer", ANSWER)}
+        self._filtered = Stage(run_dir, "filter", ANSWER)
         self._read = lru_cache(CACHED_UNITS)(lambda stage, unit: self._stages[stage].read_unit(unit))
-        self._asked = lru_cache(CACHED_UNITS)(self._question_ids)
+        self._trained = lru_cache(CACHED_UNITS)(self._trained_ids)
 
     def holds(self, passage: dict[str, Any]) -> bool:
         """Say whether this heading and text stood there."""
@@ -44,30 +49,36 @@ class PreviousRun:
         held = filter(self.holds, passages)
         return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in held)])
 
-    def split(self, rows: pa.Table, passages: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
-        """Part the rows about some passages into those of questions that are new, and those of questions it has."""
-        units = {self._passages[_key(passage)][0] for passage in filter(self.holds, passages)}
-        asked = {about: ids for unit in sorted(units) for about, ids in self._asked(unit).items()}
-        is_had = pc.field("question_id").isin(pa.array(sorted(self.ids_now(asked, passages)), pa.string()))
-        return rows.filter(~is_had), rows.filter(is_had)
+    def split(self, answers: pa.Table, passages: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
+        """Part answers about these passages into those that its adapter was not trained on, and those that it was."""
+        units = {self._find(passage)[0] for passage in filter(self.holds, passages)}
+        trained = {about: ids for unit in sorted(units) for about, ids in self._trained(unit).items()}
+        is_old = pc.field("answer_id").isin(pa.array(sorted(self.ids_now(trained, passages)), pa.string()))
+        return answers.filter(~is_old), answers.filter(is_old)
 
     def ids_now(self, ids: dict[str, list[str]], passages: list[dict[str, Any]]) -> set[str]:
         """Return what rows are called in the new run; `ids` are theirs here, by the passage that they are about."""
         now: set[str] = set()
         for passage in filter(self.holds, passages):
-            _, previous_id = self._passages[_key(passage)]
+            _, previous_id = self._find(passage)
             now |= {_id_now(old, previous_id, passage["passage_id"]) for old in ids.get(previous_id, [])}
         return now
 
-    def _question_ids(self, unit: str) -> dict[str, list[str]]:
-        """Return the ids of a unit's questions by the passage that they are about."""
+    def _find(self, passage: dict[str, Any]) -> tuple[str, str]:
+        """Return the unit and the id there of a passage that it holds; of several, that of the same id."""
+        key, passage_id = _key(passage), passage["passage_id"]
+        unit = self._twins.get((key, passage_id))
+        return (unit, passage_id) if unit else self._passages[key]
+
+    def _trained_ids(self, unit: str) -> dict[str, list[str]]:
+        """Return the ids of a unit's answers that were trained on, by the passage that they are about."""
         ids: dict[str, list[str]] = {}
-        for row in self._read("question", unit).select(["passage_id", "question_id"]).to_pylist():
-            ids.setdefault(row["passage_id"], []).append(row["question_id"])
+        for row in self._filtered.read_unit(unit, ["passage_id", "answer_id"]).to_pylist():
+            ids.setdefault(row["passage_id"], []).append(row["answer_id"])
         return ids
 
     def _rows(self, stage: str, passage: dict[str, Any]) -> pa.Table:
-        unit, previous_id = self._passages[_key(passage)]
+        unit, previous_id = self._find(passage)
         rows = self._read(stage, unit).filter(pc.field("passage_id") == previous_id)
         if (new_id := passage["passage_id"]) == previous_id:
             return rows
@@ -94,18 +105,23 @@ def adapter_of(run_dir: str) -> Folder:
 
 
 def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:
-    """Return what the writing depends on; ValueError if this base model cannot go on from the previous run."""
-    if config.update.previous_run is None:
+    """Return what the writing depends on; ValueError if this config cannot go on from the previous run."""
+    run_dir = config.update.previous_run
+    if run_dir is None:
         return {}
-    previous = Stage(config.update.previous_run, "answer", ANSWER).require()
-    wrote = previous["settings"]
+    require_line([Stage(run_dir, "chunk", PASSAGE), Stage(run_dir, "question", QUESTION)])
+    answer, *_ = require_line([Stage(run_dir, name, ANSWER) for name in ("answer", "filter", "train")])
+    wrote, adapter, lora = answer["settings"], adapter_of(run_dir).read_json("adapter_config.json"), config.train.lora
     for name, was, now in (
         *((f"{name} of its base model", wrote["model"][name], value) for name, value in base.identity().items()),
         ("answer.top_k", wrote["answer"]["top_k"], config.answer.top_k),
+        ("train.lora.rank", adapter["r"], lora.rank),
+        ("train.lora.alpha", adapter["lora_alpha"], lora.alpha or 2 * lora.rank),
+        ("train.lora.dropout", adapter["lora_dropout"], lora.dropout),
     ):
         if was != now:
             raise ValueError(
-                f"update.previous_run = {config.update.previous_run!r}: {name} is {was}, now {now}; go on with the "
-                "same, or remove update.previous_run"
+                f"update.previous_run = {run_dir!r}: {name} is {was}, now {now}; go on with the same, or remove "
+                "update.previous_run"
             )
-    return {"previous": previous["data_digest"]}
+    return {"previous": answer["data_digest"]}

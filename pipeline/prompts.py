@@ -7,7 +7,7 @@ so that the adapter answers a client who sends nothing but a question.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import regex
@@ -247,14 +247,14 @@ def student_chat(question: str) -> Chat:
     return [{"role": "user", "content": question}]
 
 
-def retrieval_question(passages: Sequence[tuple[str, str]], question: str) -> str:
-    """Put retrieved (heading, text) passages before a question, in the words that the teacher had."""
-    text = "\n\n".join(titled(text, heading) for heading, text in passages)
+def retrieval_question(passages: Sequence[Mapping[str, str]], question: str) -> str:
+    """Put retrieved passages, rows with `heading` and `text`, before a question, in the words that the teacher had."""
+    text = "\n\n".join(titled(passage["text"], passage["heading"]) for passage in passages)
     return teacher_chat(text, "", question)[0]["content"]
 
 
-def retrieval_chat(passages: Sequence[tuple[str, str]], question: str, fits: Callable[[Chat], bool]) -> Chat:
-    """Ask with retrieved (heading, text) passages, best first: with as many of them as fit."""
+def retrieval_chat(passages: Sequence[Mapping[str, str]], question: str, fits: Callable[[Chat], bool]) -> Chat:
+    """Ask with retrieved passages, best first: with as many of them as fit."""
     for count in range(len(passages), 0, -1):
         if fits(chat := student_chat(retrieval_question(passages[:count], question))):
             return chat

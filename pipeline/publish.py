@@ -82,7 +82,7 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
         )
     else:
         move_alias(adapters, version)
-    return manifest | {"uri": (adapters / version).uri}
+    return manifest | {"uri": str(adapters / version)}
 
 
 def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:

@@ -100,7 +100,7 @@ class QuestionWriter:
         quotas = [
             _Quota(passage, self._settings, had.get(passage["passage_id"], []))
             for passage in passages
-            if self._ask_again or not self._previous.holds(passage)
+            if self._ask_again or passage["passage_id"] not in had
         ]
         before = self._engine.stats
         for round_ in range(self._settings.max_rounds):

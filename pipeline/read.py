@@ -9,7 +9,7 @@ import glob
 import io
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -71,7 +71,8 @@ def read_documents(configs: list[Config], redo: bool = False) -> list[Any]:
 def read_job(config: Config) -> Job:
     """Describe the stage `read`."""
     settings, listing = config.read, ""
-    files = list_files(settings.paths, config.run_dir)
+    own = (config.run_dir, config.update.previous_run, config.publish.registry)
+    files = list_files(settings.paths, [folder for folder in own if folder])
     for file in files:
         listing = digest(listing, file.source, file.size, file.changed, file.reason)
     return Job(
@@ -156,19 +157,19 @@ def _open(file: File) -> BinaryIO:
     return io.BufferedReader(cast(Any, open_uri(file.root)[0].open_input_file(file.path)), 1 << 20)
 
 
-def list_files(paths: list[str], own_folder: str = "") -> list[File]:
-    """Return every file once, without hidden ones and `own_folder`; ValueError if a path matches nothing."""
+def list_files(paths: list[str], own_folders: Sequence[str] = ()) -> list[File]:
+    """Return every file once, without hidden ones and `own_folders`; ValueError if a path matches nothing."""
     listed: dict[str, File] = {}
     for path in paths:
         path = path.removeprefix("file://")
-        files = list((_match_remote if "://" in path else _match_local)(path, own_folder))
+        files = list((_match_remote if "://" in path else _match_local)(path, own_folders))
         if not files:
             raise ValueError(f"read.paths: {path!r} matches no file; correct the path or glob, or remove it")
         listed |= {file.source: file for file in files}
     return list(listed.values())
 
 
-def _match_remote(uri: str, own_folder: str) -> Iterator[File]:
+def _match_remote(uri: str, own_folders: Sequence[str]) -> Iterator[File]:
     base, mark, query = uri.partition("?")
     parts = base.rstrip("/").split("/")
     depth = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
@@ -180,15 +181,15 @@ def _match_remote(uri: str, own_folder: str) -> Iterator[File]:
             infos = filesystem.get_file_info(pafs.FileSelector(head, recursive=True, allow_not_found=True))
     except OSError as error:
         raise ValueError(f"read.paths: cannot list {uri!r} ({error}); check URI and credentials") from error
-    own = f"{open_uri(own_folder)[1]}/" if "://" in own_folder else None
+    own = tuple(f"{open_uri(folder)[1]}/" for folder in own_folders if "://" in folder)
     for info in sorted(infos, key=lambda info: info.path):
         below = PurePath(info.path).relative_to(head).parts
-        is_skipped = any(part.startswith(".") for part in below) or (own and info.path.startswith(own))
+        is_skipped = any(part.startswith(".") for part in below) or info.path.startswith(own)
         if info.is_file and not is_skipped and _matches(below, parts[depth:]):
             yield File(info.path, root, info.size or 0, info.mtime_ns or 0)
 
 
-def _match_local(pattern: str, own_folder: str) -> Iterator[File]:
+def _match_local(pattern: str, own_folders: Sequence[str]) -> Iterator[File]:
     pattern = os.path.abspath(os.path.expanduser(pattern))
     parts = pattern.split("/")
     # glob itself would follow every loop of links under "**".
@@ -197,7 +198,7 @@ def _match_local(pattern: str, own_folder: str) -> Iterator[File]:
     if os.path.lexists(pattern):
         heads, rest = [pattern], []
     for head in heads:
-        for file in _walk(head, own_folder):
+        for file in _walk(head, own_folders):
             if _matches(PurePath(file.path).relative_to(head).parts, rest):
                 yield file
 
@@ -211,9 +212,9 @@ def _matches(path: tuple[str, ...], pattern: list[str]) -> bool:
     return bool(path) and fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
-def _walk(root: str, own_folder: str) -> Iterator[File]:
+def _walk(root: str, own_folders: Sequence[str]) -> Iterator[File]:
     """Yield the files at or below a local path; linked folders last, so that files keep their real paths."""
-    seen = {os.path.realpath(os.path.expanduser(own_folder)): own_folder} if own_folder else {}
+    seen = {os.path.realpath(os.path.expanduser(folder)): folder for folder in own_folders}
     pending, links = [root], []
     while pending or links:
         path = pending.pop() if pending else links.pop(0)

@@ -21,22 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from pipeline.config import Config
-from pipeline.score import RIGHT
+from pipeline.score import ARMS, RIGHT
 from pipeline.status import stages_of, summarise
 from pipeline.store import Folder
 
-# In the order in which they are shown: the name, and what answers.
-ARMS = {
-    "closed_book": ("Closed book", "the base model alone"),
-    "raw_text": ("Raw text", "an adapter trained on the text of the documents"),
-    "sft": ("Fine-tuned", "an adapter trained on the teacher's answers without its probabilities"),
-    "previous": ("Previous version", "the adapter that this one replaces"),
-    "adapter": ("Adapter", "this run's adapter, without a passage"),
-    "retrieval": ("Retrieval", "the base model with the passages that BM25 finds"),
-    "embedding_retrieval": ("Retrieval by embeddings", "the base model with the passages whose embeddings are nearest"),
-    "adapter_retrieval": ("Adapter + retrieval", "the adapter with these passages"),
-    "gold_passage": ("Gold passage", "the base model with the passage that holds the answer"),
-}
 METRICS = {
     "substring_match": ("Substring match", "share of replies that hold an accepted answer"),
     "token_f1": ("Token F1", "words that reply and accepted answer share"),
@@ -59,7 +47,7 @@ def write_report(config: Config) -> dict[str, Any]:
     run = Folder(config.run_dir)
     run.write_json("report.json", data)
     run.write_bytes("report.html", page.encode("utf-8", "replace"))
-    return {"report": (run / "report.html").uri}
+    return {"report": str(run / "report.html")}
 
 
 def collect(config: Config) -> dict[str, Any]:
@@ -67,7 +55,7 @@ def collect(config: Config) -> dict[str, Any]:
     summary = summarise(config)
     manifests = {name: stage.require() for name, stage in stages_of(config).items()}
     run = Folder(config.run_dir)
-    evaluation = (run / "evaluate").read_json("report.json") or {}
+    evaluation = manifests["evaluate"]
     stages = [_stage_figures(name, manifest) for name, manifest in manifests.items()]
     hours = sum(stage["seconds"] for stage in stages) / 3600
     price = config.cluster.price_per_hour
@@ -78,10 +66,10 @@ def collect(config: Config) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": summary,
         "evaluation": evaluation,
-        "arms": sorted(evaluation.get("scores", {}), key=_rank),
+        "arms": [arm for arm in ARMS if arm in evaluation.get("scores", {})],
         "documents_below": _common_folder([row["document"] for row in evaluation.get("by_document", [])]),
         "history": (run / "train").read_json("history.json") or [],
-        "settings": {"train": config.train.model_dump(), "answer": config.answer.model_dump()},
+        "settings": {name: manifests[name]["settings"][name] for name in ("train", "answer")},
         "stages": stages,
         "rejected": [
             {"stage": name, "reason": reason, "rows": rows, "share": rows / max(1, manifest["rows_in"])}
@@ -109,10 +97,6 @@ def _stage_figures(name: str, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _common_folder(sources: list[str]) -> str:
     return os.path.commonprefix(sources).rpartition("/")[0]  # noqa: RUF071 (commonpath breaks URIs)
-
-
-def _rank(arm: str) -> tuple[int, str]:
-    return (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm)
 
 
 def _read_answers(folder: Folder) -> list[dict[str, Any]]:
@@ -144,8 +128,8 @@ def draw_charts(data: dict[str, Any]) -> dict[str, Any]:
             scored = {arm: evaluation["scores"][arm] for arm in arms if metric in evaluation["scores"][arm]}
             if scored:
                 charts["scores"][metric] = draw_scores(scored, metric)
-        for arm, measured in sorted(evaluation.get("calibration", {}).items(), key=lambda item: _rank(item[0])):
-            charts["calibration"][arm] = draw_calibration(arm, measured)
+        for arm in filter(evaluation.get("calibration", {}).__contains__, arms):
+            charts["calibration"][arm] = draw_calibration(arm, evaluation["calibration"][arm])
         if data["history"]:
             charts["loss"] = draw_loss(data["history"])
     return charts
@@ -262,7 +246,7 @@ def _environment() -> Environment:
 
 
 def _arm(arm: str) -> str:
-    return ARMS[arm][0] if arm in ARMS else arm
+    return ARMS[arm][0]
 
 
 def _interval(interval: list[float]) -> str:

@@ -15,18 +15,18 @@ import numpy as np
 
 from pipeline.config import Evaluate
 
-# In the order of a table: from what knows nothing to what reads everything.
-ARMS = (
-    "closed_book",
-    "raw_text",
-    "sft",
-    "previous",
-    "adapter",
-    "retrieval",
-    "embedding_retrieval",
-    "adapter_retrieval",
-    "gold_passage",
-)
+# The name and what answers, in the order of a table: from what knows nothing to what reads everything.
+ARMS = {
+    "closed_book": ("Closed book", "the base model alone"),
+    "raw_text": ("Raw text", "an adapter trained on the text of the documents"),
+    "sft": ("Fine-tuned", "an adapter trained on the teacher's answers without its probabilities"),
+    "previous": ("Previous version", "the adapter that this one replaces"),
+    "adapter": ("Adapter", "this run's adapter, without a passage"),
+    "retrieval": ("Retrieval", "the base model with the passages that BM25 finds"),
+    "embedding_retrieval": ("Retrieval by embeddings", "the base model with the passages whose embeddings are nearest"),
+    "adapter_retrieval": ("Adapter + retrieval", "the adapter with these passages"),
+    "gold_passage": ("Gold passage", "the base model with the passage that holds the answer"),
+}
 COMPARED = (
     ("adapter", "closed_book"),
     ("adapter", "raw_text"),
@@ -106,6 +106,34 @@ def gap_closed(closed: np.ndarray, gold: np.ndarray, adapter: np.ndarray) -> flo
 def _share(closed: Any, gold: Any, adapter: Any) -> Any:
     gap = gold - closed
     return np.where(gap > 0, adapter - closed, np.nan) / np.where(gap > 0, gap, 1.0)
+
+
+def compare_kl(kl: dict[str, np.ndarray], tokens: np.ndarray, settings: Evaluate) -> dict[str, Any]:
+    """Mean KL per token of every arm with its interval, and paired differences; `kl` has each answer's mean."""
+
+    def per_token(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+        return sums.mean(axis) / counts.mean(axis)
+
+    def mean(values: np.ndarray) -> float:
+        return float(per_token(values * tokens, tokens, 0))
+
+    def spread(values: np.ndarray) -> list[float]:
+        return _resample(per_token, (values * tokens, tokens), settings)
+
+    return {
+        "kl_to_teacher": {arm: mean(values) for arm, values in kl.items()},
+        "kl_to_teacher_interval": {arm: spread(values) for arm, values in kl.items()},
+        "kl_comparisons": [
+            {
+                "arm": arm,
+                "over": other,
+                "difference": mean(kl[arm] - kl[other]),
+                "interval": spread(kl[arm] - kl[other]),
+            }
+            for arm, other in COMPARED
+            if arm in kl and other in kl
+        ],
+    }
 
 
 def interval(values: Any, settings: Evaluate) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.score import ARMS
-from pipeline.store import Folder, Stage
+from pipeline.store import Folder, Stage, require_line
 
 SCHEMAS = {
     "read": DOCUMENT,
@@ -60,18 +60,14 @@ def read_status(config: Config) -> dict[str, Any]:
         if progress := stage.folder.read_json("progress.json") or (manifest is None and stage.read_progress()):
             entry["progress"] = progress
         stages[name] = entry
-    return {"run_dir": config.run_dir, "stages": stages}
+    return {"run_dir": str(Folder(config.run_dir)), "stages": stages}
 
 
 def require_evaluation(config: Config) -> dict[str, Any]:
-    """Return the manifest of the evaluation; ValueError if it is not of the adapter that is there now."""
+    """Return the manifest of the evaluation; ValueError if it, the adapter and the rows do not belong together."""
     stages = stages_of(config)
-    evaluated = stages["evaluate"].require()
-    if evaluated["settings"]["input"] != stages["train"].require()["data_digest"]:
-        raise ValueError(
-            f"the evaluation in {Folder(config.run_dir)} is of another adapter than the one trained last; evaluate it"
-        )
-    return evaluated
+    require_line([stages[name] for name in ("chunk", "question")])
+    return require_line([stages[name] for name in ("answer", "filter", "train", "evaluate")])[-1]
 
 
 def summarise(config: Config) -> dict[str, Any]:
@@ -83,9 +79,10 @@ def summarise(config: Config) -> dict[str, Any]:
     answer_tokens = max(1, stats["answer_tokens"])
     rejected: dict[str, dict[str, int]] = {n: m["rejected"] for n, m in manifests.items() if m["rejected"]}
     return {
+        **{name: evaluation.get(name) for name in ("metric", "questions", "questions_from")},
         "scores": {arm: scores[arm] for arm in ARMS if arm in scores},
         "gap_closed": evaluation.get("gap_closed"),
-        "kl_to_teacher": evaluation.get("kl_to_teacher"),
+        **{name: evaluation.get(name) for name in ("kl_to_teacher", "kl_to_teacher_interval", "kl_comparisons")},
         "comparisons": evaluation.get("comparisons", []),
         "lost": evaluation.get("lost"),
         "counts": {
@@ -115,8 +112,8 @@ def summarise(config: Config) -> dict[str, Any]:
     }
 
 
-def _share(stats: dict[str, float], part: str, whole: str) -> float:
-    return round(stats[part] / max(1, stats[whole]), 4)
+def _share(stats: dict[str, float], part: str, whole: str) -> float | None:
+    return round(stats[part] / stats[whole], 4) if stats[whole] else None
 
 
 def _rate(stats: dict[str, float]) -> float:

@@ -20,10 +20,11 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,14 @@ class Folder:
     def __truediv__(self, name: str) -> "Folder":
         base, query, parameters = self.uri.partition("?")
         return Folder(f"{base.rstrip('/')}/{name}{query}{parameters}")
+
+    def try_to_write(self) -> None:
+        """Write a file, read it and delete it; OSError if that cannot be done here."""
+        name = f"check-{uuid.uuid4().hex}"
+        self.write_bytes(name, b"check")
+        if self.read_bytes(name) != b"check":
+            raise OSError("it does not give back what was written")
+        self.delete_file(name)
 
     @_again
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
@@ -264,12 +273,13 @@ class Stage:
         found = (self.folder / "units").read_json(f"{name}.json")
         return found and Unit(**found)
 
-    def read_unit(self, name: str) -> pa.Table:
+    def read_unit(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Return all rows of one committed unit; ValueError if it is not committed."""
         unit = self.find_unit(name)
         if unit is None:
             raise ValueError(f"stage {self.name} in {Folder(self.run_dir)} has no unit {name}; run it first")
-        return pa.concat_tables([self.schema.empty_table(), *map(self.read_shard, unit.shards)])
+        empty = self.schema.empty_table().select(columns or self.schema.names)
+        return pa.concat_tables([empty, *(self.read_shard(shard, columns) for shard in unit.shards)])
 
     def shards(self) -> list[str]:
         """Return the names of the committed shards, in order."""
@@ -379,6 +389,18 @@ class Stage:
         self.folder.write_json("manifest.json", manifest)
         (self.folder / "progress").delete()
         return manifest
+
+
+def require_line(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Return the stages' manifests; ValueError unless each was made from the rows that the one before it has now."""
+    manifests = [stage.require() for stage in stages]
+    for earlier, later in pairwise(manifests):
+        if later["settings"]["input"] != earlier["data_digest"]:
+            raise ValueError(
+                f"stage {later['stage']} in {Folder(stages[0].run_dir)} was made from other rows than stage "
+                f"{earlier['stage']} has now; run it again, with --redo"
+            )
+    return manifests
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

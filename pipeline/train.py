@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.general import FORGOTTEN
-from pipeline.previous import adapter_of
+from pipeline.previous import previous_settings
 from pipeline.resources import worker_options
 from pipeline.schema import ANSWER
 from pipeline.stage import attempt, start_ray, watching
@@ -48,11 +48,10 @@ def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dic
     settings = {
         "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk", "zero_stage"}),
         "general_share": config.general.share,
-        "retrieval_passages": config.serve.retrieval_passages if config.train.retrieval_share else None,
         "model": model,
         "input": answers.require()["data_digest"],
         "general": general.require()["data_digest"],
-        **_update_settings(config),
+        **_update_settings(config, base),
     }
     if not stage.open(settings, redo):
         print(f"{name}: up to date", file=sys.stderr)
@@ -81,21 +80,12 @@ def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
     return trains
 
 
-def _update_settings(config: Config) -> dict[str, Any]:
-    """Return what training goes on from; ValueError if the previous run's adapter has another shape."""
+def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:
+    """Return what training goes on from; ValueError if that has become impossible since the writing."""
     update = config.update
     if update.previous_run is None:
         return {}
-    had = adapter_of(update.previous_run).read_json("adapter_config.json")
-    if had is None:
-        raise ValueError(f"update.previous_run = {update.previous_run!r} has no trained adapter; finish that run first")
-    lora = config.train.lora
-    for name, was, now in (("rank", had["r"], lora.rank), ("alpha", had["lora_alpha"], lora.alpha or 2 * lora.rank)):
-        if was != now:
-            raise ValueError(
-                f"train.lora.{name} is {now}, and the adapter of update.previous_run = {update.previous_run!r} has "
-                f"{was}; set it to {was}, or remove update.previous_run"
-            )
+    previous_settings(config, base)
     forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER).require()["data_digest"] if update.forget_removed else None
     adapter = Stage(update.previous_run, "train", ANSWER).require()["data_digest"]
     return {"update": {"adapter": adapter, "replay_share": update.replay_share, "forgotten": forgotten}}

@@ -168,10 +168,9 @@ class Ingress(OpenAiIngress):
         if version is None or not question:
             raise Refused(400, "unsupported", "'retrieval' needs an adapter and a question in plain text.")
         hits = await self._in_corpora(self._corpora.search, version, question, k)
-        passages = [(hit.passage["heading"], hit.passage["text"]) for hit in hits]
-        if passages:
+        if hits:
             messages: Any = body.messages
-            messages[-1]["content"] = retrieval_question(passages, question)
+            messages[-1]["content"] = retrieval_question([hit.passage for hit in hits], question)
         extra["sources"] = [
             {**{key: hit.passage[key] for key in ("source", "heading", "text")}, "score": round(hit.score, 3)}
             for hit in hits

@@ -158,6 +158,12 @@ def test_files_that_hold_no_config(tmp_path: Path) -> None:
         assert "is not valid TOML" in errors(tmp_path / "bad.toml")[0]
 
 
+def test_an_update_has_a_run_directory_of_its_own(path: Path) -> None:
+    """With --redo it would delete what it is to go on from."""
+    with pytest.raises(ValueError, match=r"update\.previous_run = .*runs/a' is run_dir itself"):
+        load_config(path, ["run_dir=runs/a", "update.previous_run=runs/a/"])
+
+
 def test_paths_are_absolute_from_the_door_on(path: Path) -> None:
     config = load_config(path, ["run_dir=runs/a", "publish.registry=s3://bucket/registry"])
     assert config.run_dir == str(Path.cwd() / "runs" / "a")

@@ -1,11 +1,17 @@
-"""Which sampled prompts become general ones; no model."""
+"""Which sampled prompts become general ones, and which of them are trained on; no model."""
+
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.engine import Completion
-from pipeline.general import reasons_against
-from pipeline.schema import REASONS
+from pipeline.general import HELD_OUT, reasons_against
+from pipeline.schema import ANSWER, REASONS
+from pipeline.store import Stage
+from pipeline.training_data import training_tables
+from tests.conftest import make_config
 
 NOTHING = np.empty(0)
 
@@ -29,3 +35,18 @@ def test_whole_prompts_come_before_those_that_were_cut_off(
     prompts: list[Completion], count: int, reasons: list[REASONS | None]
 ) -> None:
     assert reasons_against(prompts, count) == reasons
+
+
+def test_a_prompt_for_measuring_is_not_trained_on(tmp_path: Path) -> None:
+    """The same one may be sampled for both."""
+    stage = Stage(str(tmp_path), "general", ANSWER)
+    stage.open({})
+    for unit, prompts in (("000000", [[1, 2], [3]]), (HELD_OUT, [[3], [4]])):
+        rows = [
+            {"prompt_ids": prompt, "answer_ids": [9], "topk_ids": [9], "topk_logprobs": [0.0]} for prompt in prompts
+        ]
+        texts = dict.fromkeys(("answer_id", "question_id", "passage_id", "text", "finish_reason"), "")
+        table = pa.Table.from_pylist([row | texts for row in rows], ANSWER)
+        stage.commit(unit, [table], [], table.num_rows)
+    (trained,) = training_tables(make_config(str(tmp_path))).general
+    assert trained["prompt_ids"].to_pylist() == [[1, 2]]

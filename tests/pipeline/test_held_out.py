@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import Config, Evaluate
 from pipeline.filter import AnswerFilter
-from pipeline.held_out import HeldOut, NearQuestions, held_out_questions, hold_out, load_questions
+from pipeline.held_out import HeldOut, NearQuestions, count_trained_on, held_out_questions, hold_out, load_questions
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
 from pipeline.store import Stage
 from tests.pipeline.test_filter import answers
@@ -72,6 +72,15 @@ def test_questions_that_nearly_repeat_an_asked_one_are_not_trained_on(config: Co
     stage = filter_run(config.model_copy(update={"evaluate": evaluate}))
     assert stage.read_rejected()["reason"].to_pylist() == ["near_evaluation"]
     assert "q07" not in stage.read_unit(UNIT)["question_id"].to_pylist()
+
+
+def test_what_training_saw_before_the_file_changed_is_counted(config: Config) -> None:
+    filter_run(config)
+    questions = ["How heavy is lens number 7, of Orrin?", "How old is the Kestrel Mill?"]
+    asked = [held_out_questions(config)[0]._replace(question=text) for text in questions]
+    exact = config.model_copy(update={"evaluate": Evaluate(near_duplicate_threshold=1.0)})
+    assert count_trained_on(exact, asked) == 1
+    assert count_trained_on(exact, held_out_questions(exact)) == 0
 
 
 def test_near_questions_share_most_words() -> None:

@@ -7,9 +7,7 @@ import pytest
 
 from pipeline.config import Config, Gate
 from pipeline.publish import check_gate
-from pipeline.schema import ANSWER
-from pipeline.status import require_evaluation
-from pipeline.store import Stage
+from pipeline.status import require_evaluation, stages_of
 
 GOOD: dict[str, Any] = {
     "gap_closed": 0.6,
@@ -57,15 +55,23 @@ def test_what_was_not_measured_or_is_not_asked_for_stops_nobody() -> None:
 def test_the_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> None:
     places = {"run_dir": str(tmp_path), "model": {"path": str(tmp_path)}, "read": {"paths": ["x"]}}
     config = Config.model_validate(places | {"publish": {"registry": str(tmp_path), "name": "test"}})
-    train, evaluate = (Stage(str(tmp_path), name, ANSWER) for name in ("train", "evaluate"))
-    train.open({"epochs": 1})
-    evaluate.open({"input": train.close(0.0)["data_digest"]})
-    evaluate.close(0.0)
+    stages = stages_of(config)
+
+    def make(name: str, source: str | None, **settings: int) -> None:
+        stages[name].open({**settings, "input": source and stages[source].require()["data_digest"]}, redo=True)
+        stages[name].close(0.0)
+
+    line = {"question": "chunk", "filter": "answer", "train": "filter", "evaluate": "train"}
+    for name in ("chunk", "question", "answer", "filter", "train", "evaluate"):
+        make(name, line.get(name))
     assert require_evaluation(config)["stage"] == "evaluate"
-    train.open({"epochs": 9}, redo=True)
-    train.close(0.0)
-    with pytest.raises(ValueError, match="another adapter"):
-        require_evaluation(config)
+    for changed, later in (("train", "evaluate"), ("filter", "train"), ("chunk", "question")):
+        make(changed, line.get(changed), epochs=9)
+        with pytest.raises(ValueError, match=f"stage {later} .* was made from other rows than stage {changed}"):
+            require_evaluation(config)
+        for name in ("question", "answer", "filter", "train", "evaluate"):
+            make(name, line.get(name))
+        assert require_evaluation(config)["stage"] == "evaluate"
 
 
 def test_everything_that_fails_is_named() -> None:

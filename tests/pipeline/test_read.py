@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Read
-from pipeline.read import UNIT_BYTES, File, _plan_units, list_files, read_documents, read_file
+from pipeline.read import UNIT_BYTES, File, _plan_units, list_files, read_documents, read_file, read_job
 from pipeline.schema import DOCUMENT, Rejected
 from pipeline.stage import only
 from pipeline.store import Folder, Stage
@@ -125,6 +125,19 @@ def test_from_bucket_to_bucket(local_ray: None, bucket: Folder) -> None:
             list_files([missing.uri])
 
 
+def test_what_a_run_wrote_is_not_read(tmp_path: Path) -> None:
+    for name in ("a.txt", "run/b.txt", "before/c.txt", "registry/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    config = make_config(
+        f"{tmp_path}/run",
+        read={"paths": [str(tmp_path)]},
+        update={"previous_run": f"{tmp_path}/before"},
+        publish={"registry": f"{tmp_path}/registry", "name": "a"},
+    )
+    assert [file["path"] for unit in read_job(config).units for file in unit["files"]] == [f"{tmp_path}/a.txt"]
+
+
 def test_units_are_of_some_files_or_some_bytes() -> None:
     sizes = [1, 1, 1, 1, UNIT_BYTES, 1, UNIT_BYTES, 1]
     units = list(_plan_units([File(str(number), size=size) for number, size in enumerate(sizes)], 3))
@@ -139,7 +152,7 @@ def test_a_file_that_vanishes_after_listing(tmp_path: Path) -> None:
 
 
 def listed(paths: list[str], root: Path, own_folder: str = "") -> list[str]:
-    return [os.path.relpath(file.path, root) for file in list_files(paths, own_folder)]
+    return [os.path.relpath(file.path, root) for file in list_files(paths, [own_folder] if own_folder else [])]
 
 
 def test_globs(tmp_path: Path) -> None:

@@ -359,6 +359,7 @@ def test_status_reads_the_run(finished: tuple[Path, dict, Path]) -> None:
         ("run", "model.path=/no/such/folder", "no such folder"),
         ("run", "read.paths=['/no/such/folder']", "read.paths"),
         ("run", "evaluate.questions=/no/such/file", "no such file"),
+        ("run", "publish.registry=/dev/null/registry", "publish.registry = /dev/null/registry: cannot be written"),
         (
             "run",
             "evaluate.embedding_model=/no/such/model",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import Evaluate
-from pipeline.score import calibrate, group_means, interval, make_report, substring_match, token_f1
+from pipeline.score import calibrate, compare_kl, group_means, interval, make_report, substring_match, token_f1
 
 ENDS = ("closed_book", "adapter", "gold_passage")
 
@@ -72,6 +72,19 @@ def test_arms_are_compared_question_by_question() -> None:
     over_sft = next(row for row in report["comparisons"] if row["over"] == "sft")
     assert over_sft["difference"] == pytest.approx(1 / 40)
     assert 0 <= over_sft["interval"][0] < over_sft["interval"][1] < 0.1
+
+
+def test_kl_is_the_mean_over_tokens_and_is_compared_answer_by_answer() -> None:
+    """A long answer weighs more, and arms that are always a tenth apart are exactly that apart."""
+    tokens, kl = np.array([10, 10, 20]), {"sft": np.array([0.1, 0.5, 0.9])}
+    compared = compare_kl(kl | {"adapter": kl["sft"] - 0.1}, tokens, Evaluate())
+    assert compared["kl_to_teacher"] == {"sft": pytest.approx(0.6), "adapter": pytest.approx(0.5)}
+    low, high = compared["kl_to_teacher_interval"]["sft"]
+    assert 0.1 <= low < 0.5 and 0.7 < high <= 0.9
+    (row,) = compared["kl_comparisons"]
+    assert (row["arm"], row["over"]) == ("adapter", "sft")
+    assert [row["difference"], *row["interval"]] == pytest.approx([-0.1] * 3)
+    assert compare_kl({}, np.empty(0), Evaluate())["kl_to_teacher"] == {}
 
 
 def test_calibration_of_one_who_is_as_sure_as_right_and_of_one_who_is_not() -> None:

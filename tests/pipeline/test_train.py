@@ -24,13 +24,13 @@ from pipeline.base_model import load_base_model
 from pipeline.config import load_config
 from pipeline.engine import Completion, load_tokenizer, render_chat
 from pipeline.filter import filter_answers
+from pipeline.previous import previous_settings
 from pipeline.prompts import student_chat, teacher_chat
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
 from pipeline.stage import only
 from pipeline.store import Stage
 from pipeline.student import KlScorer
 from pipeline.train import train_adapters
-from pipeline.training_data import training_tables
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -91,11 +91,13 @@ def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("filter", ANSWER, answers),
         ("general", ANSWER, general),
     ]
+    digests: dict[str, str] = {}
     for name, schema, table in tables:
         stage = Stage(str(run_dir), name, schema)
-        stage.open({"model": identity})
+        source = {"question": "chunk", "filter": "answer"}.get(name, "")
+        stage.open({"model": identity, "answer": {"top_k": TOP_K}, "input": digests.get(source)})
         stage.commit("0" if name in ("dedup", "chunk") else "0-00000", [table], [], table.num_rows)
-        stage.close(0.0)
+        digests[name] = stage.close(0.0)["data_digest"]
     return run_dir
 
 
@@ -109,6 +111,7 @@ def write_run(folder: Path, answered: Path, model: Path) -> Path:
         model.path = "{model}"
         read.paths = ["unused"]
         publish = {{ registry = "{folder}/registry", name = "test" }}
+        answer.top_k = {TOP_K}
         cluster.worker_cpus = 1
         [train]
         epochs = 6
@@ -209,19 +212,6 @@ def test_dropout_acts_and_recomputed_activations_change_nothing(
     assert dropped[-1] > 1.02 * reference[0][-1]
 
 
-def test_some_answers_are_asked_for_with_retrieved_passages(answered: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A share of an eighth in four epochs takes about half of the answers once."""
-    settings = ["train.retrieval_share=0.125", "train.epochs=4", "general.share=0.1", "serve.retrieval_passages=2"]
-    config = load_config(write_run(tmp_path, answered, tiny_model), settings)
-    groups = training_tables(config)
-    answers, retrieval = pa.concat_tables(groups.new), pa.concat_tables(groups.retrieval)
-    half = answers.take(list(range(0, NUM_ANSWERS, 2)))
-    assert retrieval.drop_columns("prompt_ids") == half.drop_columns("prompt_ids")
-    prompts = load_tokenizer(str(tiny_model)).batch_decode(retrieval["prompt_ids"].to_pylist())
-    assert all(prompt.count("Mill number") == 2 and "What is fact" in prompt for prompt in prompts)
-    assert only(train_adapters([config], load_base_model(str(tiny_model))))["training"]["samples"]["retrieval"] == 12
-
-
 @pytest.mark.long
 def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
     answered: Path, tiny_model: Path, tmp_path: Path
@@ -301,3 +291,34 @@ def test_an_update_with_nothing_new_keeps_the_adapter(
     assert losses == []
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, kept))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "message"),
+    [
+        ("chunk", [], "stage question in .* was made from other rows than stage chunk has now"),
+        ("filter", [], "stage train in .* was made from other rows than stage filter has now"),
+        ("", ["train.lora.rank=4"], "train.lora.rank is 8, now 4"),
+        ("", ["train.lora.dropout=0.1"], "train.lora.dropout is 0.0, now 0.1"),
+        ("", ["answer.top_k=1"], "answer.top_k is .*, now 1"),
+    ],
+)
+def test_a_previous_run_that_cannot_be_gone_on_from_is_refused(
+    reference: tuple[list[float], Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    stage: str,
+    overrides: list[str],
+    message: str,
+) -> None:
+    """One of its stages was made again and the later ones were not, or its adapter has another shape."""
+    _, adapter = reference
+    run = tmp_path / "before" / "run"
+    config = write_run(tmp_path / "before", adapter.parents[1], tiny_model)
+    if stage:
+        again = Stage(str(run), stage, ANSWER)
+        again.open(again.require()["settings"] | {"filter": "another"}, redo=True)
+        again.close(0.0)
+    settings = load_config(config, [f"run_dir={tmp_path}/run", f"update.previous_run={run}", *overrides])
+    with pytest.raises(ValueError, match=message):
+        previous_settings(settings, load_base_model(str(tiny_model)))
