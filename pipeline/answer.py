@@ -83,7 +83,7 @@ def answer_questions(
         passage = passages[question["passage_id"]]
         prompt = render_chat(engine.tokenizer, teacher_chat(passage["text"], passage["heading"], question["text"]))
         for ordinal in range(settings.per_question):
-            answer_id = digest(question["question_id"], ordinal, settings.seed)
+            answer_id = answer_id_of(question["question_id"], ordinal, settings)
             if len(prompt) > room:
                 rejected.append(
                     Rejected("answer", answer_id, "too_long", f"prompt of {len(prompt)} tokens, room for {room}")
@@ -96,6 +96,11 @@ def answer_questions(
         prompts, seed_of(settings.seed, *(row[0] for row in rows)), settings, settings.max_tokens, settings.top_k
     )
     return answer_table(rows, completions), rejected
+
+
+def answer_id_of(question_id: str, ordinal: int, settings: AnswerSection) -> str:
+    """Name the answer of that ordinal to a question."""
+    return digest(question_id, ordinal, settings.seed)
 
 
 def answer_table(rows: list[tuple[str, str, str, list[int]]], completions: list[Completion]) -> pa.Table:

@@ -17,7 +17,6 @@ import pyarrow as pa
 from pipeline.config import Config, Judge, Sampling
 from pipeline.held_out import TestQuestion
 from pipeline.prompts import judge_chat, parse_grade, retrieval_chat, student_chat
-from pipeline.schema import digest
 from pipeline.stage import attempt
 from pipeline.store import Folder, Stage
 
@@ -83,7 +82,7 @@ def ask_all(tasks: list[Task], api_key: str) -> list[Any]:
 
 
 def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
-    from pipeline.answer import answer_questions
+    from pipeline.answer import answer_id_of, answer_questions
     from pipeline.engine import render_chat
     from pipeline.retrieve import PassageIndex, passages_of
 
@@ -110,7 +109,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
     gold, rejected = answer_questions(engine, contexts, asked, settings)
     if rejected:
-        ids = {digest(question.id, 0, settings.seed): question.id for question in questions}
+        ids = {answer_id_of(question.id, 0, settings): question.id for question in questions}
         first = rejected[0]
         raise ValueError(
             f"{len(rejected)} contexts of evaluation questions are too long, first that of {ids[first.record_id]!r} "

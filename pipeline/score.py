@@ -75,16 +75,7 @@ def make_report(points: Points, metric: str, settings: Evaluate) -> dict[str, An
         for name, values in points[arm].items():
             scores[arm] |= {name: float(np.mean(values)), f"{name}_interval": interval(values, settings)}
     of = {arm: np.asarray(points[arm][metric]) for arm in scores}
-    comparisons = [
-        {
-            "arm": arm,
-            "over": other,
-            "difference": float((of[arm] - of[other]).mean()),
-            "interval": interval(of[arm] - of[other], settings),
-        }
-        for arm, other in COMPARED
-        if arm in of and other in of
-    ]
+    comparisons = _compare(of, lambda values: float(values.mean()), lambda values: interval(values, settings))
     ends = (of["closed_book"], of["gold_passage"], of["adapter"])
     return {
         "metric": metric,
@@ -123,17 +114,21 @@ def compare_kl(kl: dict[str, np.ndarray], tokens: np.ndarray, settings: Evaluate
     return {
         "kl_to_teacher": {arm: mean(values) for arm, values in kl.items()},
         "kl_to_teacher_interval": {arm: spread(values) for arm, values in kl.items()},
-        "kl_comparisons": [
-            {
-                "arm": arm,
-                "over": other,
-                "difference": mean(kl[arm] - kl[other]),
-                "interval": spread(kl[arm] - kl[other]),
-            }
-            for arm, other in COMPARED
-            if arm in kl and other in kl
-        ],
+        "kl_comparisons": _compare(kl, mean, spread),
     }
+
+
+def _compare(
+    values: dict[str, np.ndarray], mean: Callable[[np.ndarray], float], spread: Callable[[np.ndarray], list[float]]
+) -> list[dict[str, Any]]:
+    """Compare the arms question by question; `values` has one number per question."""
+    differences = {
+        (arm, other): values[arm] - values[other] for arm, other in COMPARED if arm in values and other in values
+    }
+    return [
+        {"arm": arm, "over": other, "difference": mean(difference), "interval": spread(difference)}
+        for (arm, other), difference in differences.items()
+    ]
 
 
 def interval(values: Any, settings: Evaluate) -> list[float]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.engine import load_tokenizer
 from pipeline.general import FORGOTTEN, HELD_OUT
-from pipeline.held_out import NearQuestions, hold_out
+from pipeline.held_out import NearQuestions, hold_out, written_texts
 from pipeline.previous import PreviousRun
 from pipeline.prompts import titled
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
@@ -58,10 +58,8 @@ def _removed_answers(config: Config) -> Iterator[pa.Table]:
 
     Not to those that another passage still answers, nor to those that evaluation asks.
     """
-    written = Stage(config.run_dir, "question", QUESTION)
-    asked = [text for shard in written.shards() for text in written.read_shard(shard, ["text"])["text"].to_pylist()]
     held_out = hold_out(config)
-    near = NearQuestions(held_out._replace(texts=[*asked, *held_out.texts]))
+    near = NearQuestions(held_out._replace(texts=[*written_texts(config.run_dir), *held_out.texts]))
     forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER)
     questions = Stage(str(config.update.previous_run), "question", QUESTION)
     for unit in forgotten.units():
