@@ -1,6 +1,7 @@
 """Which settings matter? One at a time around a config, on the same questions, with several seeds of the training.
 
-    python -m benchmarks.ablations CONFIG [KEY=VALUE ...] [--name NAME] --vary train.lora.rank=8,128 [--vary ...]
+    python -m benchmarks.ablations CONFIG [KEY=VALUE ...] [--name NAME] [--data FILE.jsonl --passages 10] \
+        --vary train.lora.rank=8,128 [--vary ...]
 
 The config's passages, questions and answers are written once. Every variation starts from a copy of them, in which only
 the stages that its setting decides are done again. Stopped, it goes on where it was. What limits it: how many questions
@@ -12,14 +13,15 @@ from math import nan
 from statistics import mean
 from typing import Any
 
-from benchmarks.record import claim, config_parser, describe_run, run_branch, save, spread, write_once
+from benchmarks.injection_quality import name_data, set_parser, use_set
+from benchmarks.record import claim, describe_run, run_branch, save, spread, write_once
 from pipeline.config import load_config
 
 AS_GIVEN = "as given"
 
 
 def main() -> int:
-    parser = config_parser(__doc__)
+    parser = set_parser(__doc__)
     parser.add_argument(
         "--vary",
         action="append",
@@ -29,21 +31,21 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=2, help="so many seeds of the training")
     options = parser.parse_intermixed_args()
-    config = load_config(options.config, options.overrides)
+    overrides = use_set(options)
+    config = load_config(options.config, overrides)
     changes = [AS_GIVEN]
     for varied in options.vary:
         key, _, values = varied.partition("=")
         changes += [f"{key}={value}" for value in ([values] if values.startswith("[") else values.split(","))]
     for change in changes[1:]:  # a wrong one now, not after hours
-        load_config(options.config, [*options.overrides, change])
-    write_once(options.config, options.overrides)
+        load_config(options.config, [*overrides, change])
+    write_once(options.config, overrides)
     runs: dict[str, list[dict[str, Any]]] = {}
     print_head()
     for change in changes:
         own = [] if change == AS_GIVEN else [change]
         runs[change] = [
-            figures(run_branch(options.config, options.overrides, change, *own, seed=seed)[1])
-            for seed in range(options.seeds)
+            figures(run_branch(options.config, overrides, change, *own, seed=seed)[1]) for seed in range(options.seeds)
         ]
         print_row(change, runs[change])
     save(
@@ -51,6 +53,7 @@ def main() -> int:
         {
             "benchmark": "ablations",
             **describe_run(config),
+            "data": name_data(options, config),
             "seeds": options.seeds,
             "runs": runs,
             "claims": make_claims(runs),

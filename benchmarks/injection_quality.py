@@ -9,6 +9,7 @@ writes questions about it, then the questions per passage. No stage that writes 
 [evaluate].
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -17,21 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import claim, config_parser, describe_run, run_pipeline, save
-from pipeline.config import load_config
+from pipeline.config import Config, load_config
 
 ORDER = ("closed_book", "raw_text", "sft", "adapter")
 
 
 def main() -> int:
-    parser = config_parser(__doc__)
-    parser.add_argument("--data", help="evaluation set, JSONL")
-    parser.add_argument("--passages", type=int, default=40, help="passages of it")
+    parser = set_parser(__doc__)
     parser.add_argument("--aim", type=float, default=0.7, help="share of the gap that was asked for")
     options = parser.parse_intermixed_args()
-    overrides = list(options.overrides)
-    if options.data:
-        rows = dict(islice(read_set(options.data).items(), options.passages))
-        overrides += write_corpus(Path(load_config(options.config, overrides).run_dir, "data"), rows)
+    overrides = use_set(options)
     run = run_pipeline("run", options.config, *overrides, "--force", "measured")
     config = load_config(options.config, overrides)
     for arm, scores in run["scores"].items():
@@ -45,9 +41,7 @@ def main() -> int:
         {
             "benchmark": "injection_quality",
             **describe_run(config),
-            "data": f"first {options.passages} passages of {Path(options.data).name}"
-            if options.data
-            else ", ".join(config.read.paths),
+            "data": name_data(options, config),
             "run": {key: value for key, value in run.items() if key != "adapter"},
             "claims": make_claims(run, options.aim),
         },
@@ -74,6 +68,30 @@ def make_claims(run: dict[str, Any], aim: float) -> list[dict[str, Any]]:
             if row["over"] == "sft"
         ),
     ]
+
+
+def set_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what a benchmark takes whose documents may come from an evaluation set."""
+    parser = config_parser(doc)
+    parser.add_argument("--data", help="evaluation set, JSONL")
+    parser.add_argument("--passages", type=int, default=40, help="passages of it")
+    return parser
+
+
+def use_set(options: argparse.Namespace) -> list[str]:
+    """Write the passages and questions of `--data` where the run is; return the overrides that name them too."""
+    if not options.data:
+        return options.overrides
+    rows = dict(islice(read_set(options.data).items(), options.passages))
+    folder = Path(load_config(options.config, options.overrides).run_dir, "data")
+    return [*options.overrides, *write_corpus(folder, rows)]
+
+
+def name_data(options: argparse.Namespace, config: Config) -> str:
+    """Say what the documents of a result are, without a folder of this machine where they come from a set."""
+    if options.data:
+        return f"first {options.passages} passages of {Path(options.data).name}"
+    return ", ".join(config.read.paths)
 
 
 def read_set(path: str) -> dict[str, list[dict[str, Any]]]:
