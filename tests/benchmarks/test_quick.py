@@ -110,6 +110,13 @@ def test_store_size(config: Path) -> None:
     assert claims["bytes_per_token"]["value"] > TOP_K * 2
 
 
+def test_loss_throughput() -> None:
+    claims = claims_of("loss_throughput", DEMO, "train.row_tokens=128", "train.batch_tokens=128", "--quick")
+    assert claims.keys() == {
+        f"{arm}{figure}_over_naive.v1024" for arm in ("top_k", "full") for figure in ("", "_memory")
+    }
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A small demo, written once for all that only train and evaluate."""
