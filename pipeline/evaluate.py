@@ -210,7 +210,7 @@ def _before_and_after(points: dict[str, list[float]], settings: Evaluate) -> dic
         "count": len(before),
         "closed_book": float(before.mean()),
         "adapter": float(after.mean()),
-        "difference_interval": interval(after - before, settings),
+        "difference_interval": interval(after - before, settings, least=-1.0),
     }
 
 

@@ -75,7 +75,7 @@ def make_report(points: Points, metric: str, settings: Evaluate) -> dict[str, An
         for name, values in points[arm].items():
             scores[arm] |= {name: float(np.mean(values)), f"{name}_interval": interval(values, settings)}
     of = {arm: np.asarray(points[arm][metric]) for arm in scores}
-    comparisons = _compare(of, lambda values: float(values.mean()), lambda values: interval(values, settings))
+    comparisons = _compare(of, lambda values: float(values.mean()), lambda values: interval(values, settings, -1.0))
     ends = (of["closed_book"], of["gold_passage"], of["adapter"])
     return {
         "metric": metric,
@@ -131,9 +131,18 @@ def _compare(
     ]
 
 
-def interval(values: Any, settings: Evaluate) -> list[float]:
-    """95 % percentile bootstrap interval of the mean; all values equal give that value twice."""
-    return _resample(np.mean, (np.asarray(values, dtype=float),), settings)
+def interval(values: Any, settings: Evaluate, least: float = 0.0) -> list[float]:
+    """95 % percentile bootstrap interval of the mean of values from `least` to 1.
+
+    If all are equal, resampling says nothing. Then it says how far other values could move the mean that are so rare
+    that a sample of this size has none once in forty: for 0 or n of n right, the exact binomial interval (Clopper and
+    Pearson 1934).
+    """
+    values = np.asarray(values, dtype=float)
+    if np.ptp(values) == 0:
+        unseen = 1 - 0.025 ** (1 / len(values))
+        return [float(values[0] + unseen * (end - values[0])) for end in (least, 1.0)]
+    return _resample(np.mean, (values,), settings)
 
 
 def _resample(statistic: Callable[..., Any], arms: tuple[np.ndarray, ...], settings: Evaluate) -> list[float]:

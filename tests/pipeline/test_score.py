@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from pipeline.config import Evaluate
 from pipeline.score import calibrate, compare_kl, group_means, interval, make_report, substring_match, token_f1
@@ -36,8 +37,15 @@ def test_intervals_hold_the_mean_and_shrink_with_more_questions() -> None:
     assert 0.3 < low < 0.5 < high < 0.7
     narrow = interval([0.0, 1.0] * 2000, settings)
     assert narrow[1] - narrow[0] < (high - low) / 5
-    assert interval([1.0, 1.0], settings) == [1.0, 1.0]
     assert interval([0.0, 1.0] * 20, settings) == [low, high]
+
+
+def test_answers_that_are_all_right_or_all_wrong_have_the_exact_interval() -> None:
+    for right in (0, 24):
+        exact = binomtest(right, 24).proportion_ci(method="exact")
+        assert interval([right / 24] * 24, Evaluate()) == pytest.approx([exact.low, exact.high])
+    low, high = interval([0.0] * 24, Evaluate(), least=-1.0)
+    assert -low == high == pytest.approx(binomtest(0, 24).proportion_ci(method="exact").high)
 
 
 @pytest.mark.parametrize(("adapter", "closed"), [([1.0, 0.0, 1.0, 0.0], 0.5), ([1.0] * 4, 1.0), ([0.0] * 4, 0.0)])
