@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.config import Config, Judge, Sampling
 from pipeline.held_out import TestQuestion
-from pipeline.prompts import judge_chat, parse_grade, retrieval_chat, student_chat
+from pipeline.prompts import judge_chat, parse_grade, retrieval_question, student_chat
 from pipeline.stage import attempt
 from pipeline.store import Folder, Stage
 
@@ -99,11 +99,12 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         completions = engine.complete(prompts, 0, Sampling(temperature=0.0), max_tokens, top_k=1, adapter=adapter)
         return [Reply(done.text.strip(), _confidence(done.topk_logprobs[:, 0])) for done in completions]
 
-    def fits(chat: Any) -> bool:
-        return len(render_chat(engine.tokenizer, chat)) + settings.max_tokens <= engine.max_model_len
+    def fits(asked: str) -> bool:
+        return len(render_chat(engine.tokenizer, student_chat(asked))) + settings.max_tokens <= engine.max_model_len
 
     def with_passages(passages: list[list[dict[str, Any]]]) -> list[Any]:
-        return [retrieval_chat(found, q.question, fits) for q, found in zip(questions, passages, strict=True)]
+        pairs = zip(questions, passages, strict=True)
+        return [student_chat(retrieval_question(found, q.question, fits)[0]) for q, found in pairs]
 
     contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
     asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]

@@ -247,18 +247,19 @@ def student_chat(question: str) -> Chat:
     return [{"role": "user", "content": question}]
 
 
-def retrieval_question(passages: Sequence[Mapping[str, str]], question: str) -> str:
-    """Put retrieved passages, rows with `heading` and `text`, before a question, in the words that the teacher had."""
-    text = "\n\n".join(titled(passage["text"], passage["heading"]) for passage in passages)
-    return teacher_chat(text, "", question)[0]["content"]
+def retrieval_question(
+    passages: Sequence[Mapping[str, str]], question: str, fits: Callable[[str], bool]
+) -> tuple[str, int]:
+    """Put retrieved passages, rows with `heading` and `text`, before a question, in the words that the teacher had.
 
-
-def retrieval_chat(passages: Sequence[Mapping[str, str]], question: str, fits: Callable[[Chat], bool]) -> Chat:
-    """Ask with retrieved passages, best first: with as many of them as fit."""
+    They come best first; as many are put there as fit. Returned with their number.
+    """
     for count in range(len(passages), 0, -1):
-        if fits(chat := student_chat(retrieval_question(passages[:count], question))):
-            return chat
-    return student_chat(question)
+        text = "\n\n".join(titled(passage["text"], passage["heading"]) for passage in passages[:count])
+        asked = teacher_chat(text, "", question)[0]["content"]
+        if fits(asked):
+            return asked, count
+    return question, 0
 
 
 _JUDGED = (

@@ -31,11 +31,10 @@ def build_app(config: Config) -> serve.Application:
     """Build the application; ValueError if the base model's folder is not usable."""
     base = load_base_model(config.model.path)
     settings = config.serve
-    registry = config.publish.registry
     server = build_llm_deployment(
         _llm_config(config, base),
         deployment_cls=AdapterServer,
-        bind_kwargs={"registry": registry, "base": base, "settings": settings},
+        bind_kwargs={"registry": config.publish.registry, "base": base, "settings": settings},
     )
     ingress = serve.deployment(
         make_ingress(settings),
@@ -45,7 +44,7 @@ def build_app(config: Config) -> serve.Application:
         autoscaling_config={"min_replicas": 1, "max_replicas": max(1, settings.max_replicas // 4)},
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(server, _card(config, base), registry, settings)
+    return ingress.bind(server, _card(config, base), config)
 
 
 def _llm_config(config: Config, base: BaseModel) -> LLMConfig:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,6 +23,7 @@ import ray
 from cachetools import TTLCache, cached
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from jinja2 import TemplateError
 from ray.exceptions import RayActorError, RayTaskError
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
@@ -34,8 +36,9 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
-from pipeline.config import Serve
-from pipeline.prompts import retrieval_question
+from pipeline.config import Config, Serve
+from pipeline.engine import load_tokenizer, render_chat
+from pipeline.prompts import retrieval_question, student_chat
 from serve.access import ANYONE, EVERY, Caller, identify, read_keys
 from serve.http import error_body, make_http_app
 from serve.registry import Refused, Registry, Version
@@ -51,14 +54,17 @@ log = logging.getLogger("ray.serve")
 class Ingress(OpenAiIngress):
     """The HTTP side of the endpoint; it holds no model and can have any number of replicas."""
 
-    def __init__(self, server: DeploymentHandle, base: dict[str, Any], registry: str, settings: Serve) -> None:
+    def __init__(self, server: DeploymentHandle, base: dict[str, Any], config: Config) -> None:
         """`base` is the base model's card: its `id` is the name that clients use."""
         self._base: str = base["id"]
         card = ModelCard(id=self._base, object="model", owned_by="base", permission=[], metadata={})
         super().__init__({self._base: server}, {self._base: card})
         self._base_card = base
-        self._registry = Registry(registry)
-        self._settings = settings
+        self._registry = Registry(config.publish.registry)
+        self._settings = settings = config.serve
+        self._tokenizer = load_tokenizer(config.model.path)
+        self._max_model_len = config.model.max_model_len
+        self._reply_tokens = config.answer.max_tokens
         self._corpora = Corpora(self._registry, settings.max_adapter_mb << 20)
         self._searching = ThreadPoolExecutor(SEARCHES, "search")
         self._remembered: TTLCache[Any, Any] = TTLCache(10_000, settings.alias_seconds)
@@ -161,20 +167,33 @@ class Ingress(OpenAiIngress):
     async def _add_passages(
         self, body: ChatCompletionRequest, version: Version | None, question: str | None, k: Any, extra: dict[str, Any]
     ) -> None:
-        """Put the best passages of the adapter's own corpus before the question, as the teacher saw them."""
+        """Put the best passages of the adapter's own corpus before the question, as the teacher saw them.
+
+        As many as fit: room stays for the reply that the client allows, else for as long an answer as was trained on.
+        """
         k = self._settings.retrieval_passages if k is True else k
         if not isinstance(k, int) or not 1 <= k <= 20:
             raise Refused(400, "invalid_value", f"retrieval = {k!r} must be true or a number of passages from 1 to 20.")
         if version is None or not question:
             raise Refused(400, "unsupported", "'retrieval' needs an adapter and a question in plain text.")
         hits = await self._in_corpora(self._corpora.search, version, question, k)
-        if hits:
-            messages: Any = body.messages
-            messages[-1]["content"] = retrieval_question([hit.passage for hit in hits], question)
+        messages: Any = body.messages
+        passages = [hit.passage for hit in hits]
+        fits = partial(self._fits, messages[:-1], body.max_completion_tokens or body.max_tokens or self._reply_tokens)
+        messages[-1]["content"], count = await self._in_corpora(retrieval_question, passages, question, fits)
         extra["sources"] = [
             {**{key: hit.passage[key] for key in ("source", "heading", "text")}, "score": round(hit.score, 3)}
-            for hit in hits
+            for hit in hits[:count]
         ]
+
+    def _fits(self, earlier: list[dict[str, Any]], reply_tokens: int, asked: str) -> bool:
+        """Say whether the question has room behind earlier messages, those in plain text, and a reply behind it."""
+        said = [{"role": m["role"], "content": m["content"]} for m in earlier if isinstance(m.get("content"), str)]
+        try:
+            prompt = render_chat(self._tokenizer, [*said, *student_chat(asked)])
+        except TemplateError:  # of the messages, which the engine judges
+            return True
+        return len(prompt) + reply_tokens <= self._max_model_len
 
     async def _in_corpora(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it in threads of its own: while an index is built, others' aliases and keys are still looked up."""

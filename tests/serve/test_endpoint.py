@@ -18,14 +18,17 @@ from typing import Any
 import httpx
 import openai
 import psutil
+import pyarrow as pa
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from benchmarks.raylets import DEADLINE_S, until
+from pipeline.base_model import load_base_model
 from pipeline.engine import load_tokenizer
-from pipeline.publish import move_alias
+from pipeline.publish import move_alias, write_version
+from pipeline.retrieve import PassageIndex
 from serve.access import add_key
 from serve.registry import Registry
 from serve.server import TIE_NATS
@@ -253,6 +256,36 @@ def test_a_moved_alias_takes_effect_without_a_failed_or_stale_answer(
         assert_answers_as(reply, published.expected["emil" if reply.model.endswith(other.version) else "dora"])
     assert_answers_as(ask_with_tokens(client, old.model_id), published.expected["dora"])
     move_alias(registry.folder / "dora", old.version)
+
+
+def test_as_many_passages_as_fit_stand_before_the_question(
+    client: openai.OpenAI, published: Published, tmp_path: Path
+) -> None:
+    texts = [
+        f"The Kestrel Mill on the River Arden was built by the miller number {i}. {'It turns. ' * 20}" for i in range(9)
+    ]
+    columns = {"passage_id": texts, "source": texts, "heading": [""] * len(texts), "text": texts}
+    PassageIndex.build(pa.table(columns)).save(tmp_path)
+    ada = published.registry.resolve("ada")
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    contents: dict[str, Any] = {f: (published.registry.folder / "ada" / ada.version).read_bytes(f) for f in files}
+    contents |= {f"retrieval/{file.name}": file.read_bytes() for file in tmp_path.iterdir()}
+    mills = published.registry.folder / "mills"
+    write_version(mills, ada.version, load_base_model(str(MODEL)), contents, probe=None)
+    move_alias(mills, ada.version)
+
+    def sources(retrieval: int, *earlier: str) -> list[str]:
+        messages: Any = [{"role": "user", "content": text} for text in (*earlier, QUESTION)]
+        reply = client.chat.completions.create(
+            model="mills", messages=messages, max_tokens=ANSWER_TOKENS, extra_body={"retrieval": retrieval}
+        )
+        return [source["text"] for source in (reply.model_extra or {})["distillery"]["sources"]]
+
+    assert len(sources(2)) == 2
+    most = sources(9)
+    assert 2 < len(most) < 9 and most[:2] == sources(2)
+    assert 0 < len(sources(9, "It turns. " * 40)) < len(most)
+    assert sources(9, "It turns. " * 130) == []
 
 
 def test_a_client_that_leaves_frees_its_place(client: openai.OpenAI, url: str) -> None:
