@@ -9,7 +9,7 @@ endpoint must give, too.
 import json
 import os
 import sys
-import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -45,15 +45,16 @@ from pipeline.score import (
     substring_match,
     token_f1,
 )
-from pipeline.stage import attempt, show_progress, start_ray, watching
+from pipeline.stage import attempt, in_turns, show_progress, start_ray, watching
 from pipeline.store import Folder, Stage, require_line
 from pipeline.train import train_adapters
 
 LINEAGE_ROWS = 3
+GROUP_CORPORA = 64  # asked by one engine before their results are written: what a crash costs
 
 
 def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False) -> list[Any]:
-    """Run the stage of several corpora, in one engine; return for each its manifest, or the ValueError.
+    """Run the stage of several corpora, many in one engine; return for each its manifest, or the ValueError.
 
     Where there are no questions, a manifest's `scores` are empty.
     """
@@ -68,31 +69,46 @@ def evaluate_adapters(configs: list[Config], base: BaseModel, redo: bool = False
     outcomes = [failed.get(n) or attempt(partial(_open, config, base, redo)) for n, config in enumerate(configs)]
     tasks = {number: outcome for number, outcome in enumerate(outcomes) if isinstance(outcome, Task)}
     if tasks:
-        import ray
-
-        started = time.monotonic()
-        cluster = configs[0].cluster
-        start_ray(cluster)
-        engine, worker = engine_options(cluster), worker_options(cluster)
-
-        def call(function: Any, options: dict[str, Any], *arguments: Any) -> Any:
-            """Call it in a process of its own, so that its memory is free again for the next."""
-            return ray.get(ray.remote(max_calls=1)(function).options(**options).remote(*arguments))
-
-        if configs[0].evaluate.embedding_model:
-            tasks = dict(zip(tasks, call(search_all, worker, list(tasks.values())), strict=True))
-        api_key = os.environ.get("OPENAI_API_KEY", "none")  # the driver's: nodes have an environment of their own
+        start_ray(configs[0].cluster)
         with (
             tqdm(desc="evaluate", bar_format="{desc}: {elapsed}{postfix}") as bar,
             watching(partial(show_progress, [task.stage for task in tasks.values()], bar)),
         ):
-            replies: list[Any] = call(ask_all, engine, list(tasks.values()), api_key)
-        measured: list[Any] = call(_measure_all, worker, list(tasks.values()), base.path, replies)
-        seconds = (time.monotonic() - started) / len(tasks)
-        for (number, task), said, found in zip(tasks.items(), replies, measured, strict=True):
-            error = next((result for result in (said, found) if isinstance(result, ValueError)), None)
-            outcomes[number] = error or attempt(partial(_close, task, said, found, seconds))
+            for number, replies, measured, seconds in _ask_and_measure(tasks, base.path):
+                error = next((result for result in (replies, measured) if isinstance(result, ValueError)), None)
+                outcomes[number] = error or attempt(partial(_close, tasks[number], replies, measured, seconds))
     return outcomes
+
+
+def _ask_and_measure(tasks: dict[int, Task], base_path: str) -> Iterator[tuple[int, Any, Any, float]]:
+    """Yield each task's key, its `Replies` and what `measure_adapters` says (or a ValueError each), and its seconds.
+
+    Groups of tasks take turns at as many engines as writing has. Each step is a process of its own, so that its memory
+    is free for the next.
+    """
+    import ray
+
+    def alone(function: Any, options: dict[str, Any]) -> Any:
+        return ray.remote(max_calls=1)(function).options(**options)
+
+    config = next(iter(tasks.values())).config
+    engine, worker = engine_options(config.cluster), worker_options(config.cluster)
+    search, ask, measure = alone(search_all, worker), alone(ask_all, engine), alone(_measure_all, worker)
+    engines = config.cluster.num_engines
+    api_key = os.environ.get("OPENAI_API_KEY", "none")  # the driver's: nodes have an environment of their own
+
+    def submit(group: list[int]) -> list[Any]:
+        asked: Any = [tasks[number] for number in group]
+        if config.evaluate.embedding_model:
+            asked = search.remote(asked)
+        replies = ask.remote(asked, api_key)
+        return [replies, measure.remote(asked, base_path, replies)]
+
+    size = min(GROUP_CORPORA, -(-len(tasks) // engines))
+    groups = [list(tasks)[start : start + size] for start in range(0, len(tasks), size)]
+    for group, (said, measured), seconds in in_turns(groups, engines, submit):
+        for result in zip(group, said, measured, strict=True):
+            yield *result, seconds / len(group)
 
 
 def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:

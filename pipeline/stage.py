@@ -259,6 +259,27 @@ def only(outcomes: list[Any]) -> Any:
     return outcome
 
 
+def in_turns(
+    groups: list[Any], at_a_time: int, submit: Callable[[Any], list[Any]]
+) -> Iterator[tuple[Any, list[Any], float]]:
+    """Yield each group as it is done, with the results of the Ray tasks that `submit` started for it, and its seconds.
+
+    The last of these tasks ends last. So many groups are worked on at a time; the next one waits for one of them.
+    """
+    import ray
+
+    waiting = list(groups)
+    running: dict[Any, tuple[Any, list[Any], float]] = {}
+    while waiting or running:
+        while waiting and len(running) < at_a_time:
+            group = waiting.pop(0)
+            submitted = submit(group)
+            running[submitted[-1]] = (group, submitted, time.monotonic())
+        (done,), _ = ray.wait(list(running))
+        group, submitted, started = running.pop(done)
+        yield group, ray.get(submitted), time.monotonic() - started
+
+
 def _close(job: Job, seconds: float, totals: dict[str, Any]) -> None:
     stage, rows, rejected = job.stage, totals["rows_out"], sum(totals["rejected"].values())
     if rejected > job.max_reject_share * max(1, rejected + rows):

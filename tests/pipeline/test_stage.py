@@ -24,6 +24,7 @@ from pipeline.stage import (
     Job,
     _pieces,
     _UnitActor,
+    in_turns,
     only,
     ray_session,
     run_stages,
@@ -120,6 +121,42 @@ class Slow(Letters):
             self._text = str(bar.postfix)
         self._engine.on_progress(9, 9)
         return super().do_unit(unit)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_a_group_waits_for_its_turn_and_is_yielded_before_the_next(
+    local_ray: None, tmp_path: Path, at_a_time: int
+) -> None:
+    import ray
+
+    log = tmp_path / "log"
+
+    def note(what: str) -> None:
+        with log.open("a") as file:
+            file.write(f"{what}\n")
+
+    @ray.remote(num_cpus=0)
+    def ask(group: str) -> str:
+        note(f"asked {group}")
+        return group.upper()
+
+    @ray.remote(num_cpus=0)
+    def measure(replies: str) -> int:
+        return len(replies)
+
+    def submit(group: str) -> list[Any]:
+        replies = ask.remote(group)
+        return [replies, measure.remote(replies)]
+
+    for group, results, seconds in in_turns(["a", "bb", "ccc"], at_a_time, submit):
+        note(f"got {group}")
+        assert results == [group.upper(), len(group)] and seconds > 0
+    lines = log.read_text().splitlines()
+    assert sorted(lines) == sorted(f"{what} {group}" for what in ("asked", "got") for group in ("a", "bb", "ccc"))
+    if at_a_time == 1:
+        assert lines == ["asked a", "got a", "asked bb", "got bb", "asked ccc", "got ccc"]
+    else:
+        assert lines.index("asked ccc") > min(lines.index("got a"), lines.index("got bb"))
 
 
 def test_what_an_engine_is_at_is_shown(tmp_path: Path) -> None:
