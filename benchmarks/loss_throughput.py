@@ -12,7 +12,7 @@ that a `config.json` will do. A step is one micro-batch of `train.micro_rows` fu
 
 `full` and `naive` get their teacher's hidden states for nothing, so what they differ in is the loss; they must agree on
 its value. What limits the number: the matrix products of the decoder, whose share of a step falls as the vocabulary
-grows; the share is that of the FLOP of the step in what a bf16 matrix product reaches on the device.
+grows; the share is that of the FLOP of the step in what a matrix product of the same dtype reaches on the device.
 """
 
 import json
@@ -34,12 +34,14 @@ from benchmarks.train_throughput import measure_matmul, memory_mb, peak_mb
 from pipeline.batch import Packed, Sample, pack
 from pipeline.config import Config, load_config
 from pipeline.loss import FullVocabulary, TopK, answer_losses
+from pipeline.resources import compute_dtype
 from pipeline.student import Student, add_adapter
 
 ARMS = ("top_k", "full", "naive")
 VOCABULARIES, RANKS = (49_152, 128_256, 151_936), (16, 64, 256)
 TOP_K, SAMPLE_TOKENS = 20, 64
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = getattr(torch, compute_dtype(on_gpu=DEVICE.type == "cuda"))
 
 
 def main() -> int:
@@ -104,13 +106,13 @@ def measure(config: Config, arm: str, vocabulary: int, steps: int) -> dict[str, 
     torch.manual_seed(train.seed)
     shape = AutoConfig.from_pretrained(config.model.path, vocab_size=vocabulary, use_cache=False)
     attention = "sdpa" if DEVICE.type == "cuda" else "eager"
-    base = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation=attention)
+    base = AutoModelForCausalLM.from_config(shape, dtype=DTYPE, attn_implementation=attention)
     student = Student(add_adapter(base.requires_grad_(False), train.lora, "random"), train.loss_chunk).to(DEVICE)
     optimiser = torch.optim.AdamW([value for value in student.parameters() if value.requires_grad], train.learning_rate)
     packed = make_batch(train.micro_rows, train.row_tokens, vocabulary)
     num_positions = len(packed.answer_index)
     weight = base.get_output_embeddings().weight
-    teacher = torch.randn(num_positions, weight.shape[1], dtype=torch.bfloat16, device=DEVICE)
+    teacher = torch.randn(num_positions, weight.shape[1], dtype=DTYPE, device=DEVICE)
     ids = torch.randint(vocabulary, (num_positions, TOP_K), device=DEVICE)
     signals = {"top_k": TopK(ids, torch.full(ids.shape, -4.0, device=DEVICE)), "full": FullVocabulary(teacher)}
 
@@ -135,7 +137,7 @@ def measure(config: Config, arm: str, vocabulary: int, steps: int) -> dict[str, 
     peak = peak_mb()
     with FlopCounterMode(display=False) as counter:
         step()
-    rate = measure_matmul(DEVICE)
+    rate = measure_matmul(DEVICE, DTYPE)
     tokens = packed.input_ids.numel()
     return {
         "tokens": tokens,

@@ -31,6 +31,7 @@ import psutil
 
 from benchmarks.random_adapters import publish_random_adapters
 from benchmarks.record import ROOT, claim, save
+from pipeline.resources import compute_dtype
 from serve.registry import Registry
 from serve.server import TIE_NATS, lead_over
 
@@ -170,7 +171,7 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, number: int) -> t
 
 
 async def check_answers(url: str, registry: Registry, names: list[str], clients: int) -> dict[str, int]:
-    """Ask every adapter its probe question twice, all mixed; count the answers that are PEFT's, up to a bf16 tie."""
+    """Ask every adapter its probe question twice, all mixed; count the answers that are PEFT's, up to a tie."""
     say(f"{2 * len(names)} questions of {clients} clients to {len(names)} adapters, answers compared")
     order = np.random.default_rng(1).permutation(names * 2).tolist()
     probes = {name: registry.manifest(registry.resolve(name))["probe"] for name in names}
@@ -278,7 +279,8 @@ def bare(registry: str, names: list[str], options: argparse.Namespace) -> Iterat
     versions = map(Registry(registry).resolve, names)
     modules = [f"{version.name}={registry}/{version.name}/{version.version}" for version in versions]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
-    command += ["--served-model-name", Path(options.model).name, "--dtype", "bfloat16", "--enforce-eager"]
+    command += ["--served-model-name", Path(options.model).name, "--dtype", compute_dtype(on_gpu=False)]
+    command += ["--enforce-eager"]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "128", "--seed", "0"]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_GB << 30), "--host", "127.0.0.1"]
     command += ["--enable-lora", "--max-loras", str(options.slots), "--max-cpu-loras", str(options.adapters)]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_throughput CONFIG [KEY=VALUE ...] [--quick] [--name NAME]
 
-Every arm is a process that takes the same optimiser steps over the same stored answers, with the same LoRA in bf16:
+Every arm is a process that takes the same optimiser steps over the same stored answers, with the same LoRA:
 
     stored     our step on the stored top-k
     sft        the same loop on hard labels: plain cross-entropy
@@ -13,9 +13,10 @@ Every arm is a process that takes the same optimiser steps over the same stored 
 
 Ours are the steps of `pipeline.train_loop` with DeepSpeed and its fp32 master copy, in Ray Train's local mode: left out
 are Ray's worker processes, whose environment they have on a CPU (`KEEP_MEMORY`), and the checkpoints. TRL's AdamW steps
-on the bf16 adapter itself; its autocast and its gradient checkpointing are off. Trained tokens are those of prompt and
-answer of every sample, without padding and without the teacher's, however often a trainer reads what the prompts of a
-row have in common. What limits the number: on a CPU, what lies around the matrix products; the roofline says how much.
+on the adapter itself, in bf16, too; its autocast and its gradient checkpointing are off. Trained tokens are those of
+prompt and answer of every sample, without padding and without the teacher's, however often a trainer reads what the
+prompts of a row have in common. What limits the number: on a CPU, what lies around the matrix products; the roofline
+says how much.
 """
 
 import json
@@ -40,7 +41,7 @@ from pipeline.base_model import load_base_model
 from pipeline.batch import AnswerData, samples_of
 from pipeline.config import Config
 from pipeline.loss import TopK, answer_losses
-from pipeline.resources import KEEP_MEMORY
+from pipeline.resources import KEEP_MEMORY, compute_dtype
 from pipeline.schema import ANSWER
 from pipeline.store import Stage
 
@@ -80,7 +81,7 @@ def main() -> int:
         for chunks in ((2, 4) if options.quick else (2, 64))
     ]
     arms = {name: summarise(own) for name, own in runs.items()}
-    assert {arm["dtype"] for arm in arms.values()} == {"torch.bfloat16"}, "arms train in different precisions"
+    assert len({arm["dtype"] for arm in arms.values()}) == 1, "arms train in different precisions"
     assert len({arm["trainable_parameters"] for arm in arms.values()}) == 1, "arms train different adapters"
     roofline = compare_with_matmul(runs)
     show(arms, roofline)
@@ -131,7 +132,7 @@ def show(arms: dict[str, dict[str, Any]], roofline: dict[str, float]) -> None:
         )
     print(
         f"roofline: a step of {roofline['step_tflop']} TFLOP runs at {roofline['share']:.1%} of the "
-        f"{roofline['matmul_tflop_per_s']} TFLOP/s that a bf16 matrix product reaches here"
+        f"{roofline['matmul_tflop_per_s']} TFLOP/s that a matrix product of its dtype reaches here"
     )
 
 
@@ -175,6 +176,7 @@ def train_ours(config: Config, request: dict[str, Any]) -> dict[str, Any]:
             loop = TrainLoop(config, load_base_model(config.model.path), Stage(folder, "train", ANSWER))
         assert not loop.is_refused, "student and stored teacher differ; `python -m pipeline train` says where"
         result["loaded_mb"] = memory_mb()
+        dtype = loop.student.hidden(loop._micro_batch(loop.plan[0][:1])[0]).dtype
         steps = loop.plan[: request["steps"] + 1]
         tokens, seconds = [], []
         for step in steps:
@@ -188,9 +190,9 @@ def train_ours(config: Config, request: dict[str, Any]) -> dict[str, Any]:
             seconds=seconds[1:],
             peak_mb=peak_mb(),
             padding=padding(loop, steps),
-            dtype=str(loop.student.hidden(loop._micro_batch(steps[0][:1])[0]).dtype),
+            dtype=str(dtype),
             trainable_parameters=sum(value.numel() for value in loop.trainable.values()),
-            matmul_flop_per_s=measure_matmul(loop.device),
+            matmul_flop_per_s=measure_matmul(loop.device, dtype),
         )
         if request["arm"] == "stored" and request["samples"] is None:
             with FlopCounterMode(display=False) as counter:
@@ -304,8 +306,9 @@ def measure_loss(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config.cluster.worker_cpus)
     torch.manual_seed(0)
     positions = CHUNK * request["chunks"]
-    weight = torch.randn(request["vocabulary"], WIDTH, dtype=torch.bfloat16)
-    hidden = torch.randn(positions, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    dtype = getattr(torch, compute_dtype(on_gpu=False))
+    weight = torch.randn(request["vocabulary"], WIDTH, dtype=dtype)
+    hidden = torch.randn(positions, WIDTH, dtype=dtype, requires_grad=True)
     ids = torch.randint(request["vocabulary"], (positions, 20))
     signal = TopK(ids, torch.full(ids.shape, -4.0))
     before = memory_mb()
@@ -315,11 +318,11 @@ def measure_loss(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     return shape | {"logits_mb": logits_mb, "mb": round(peak_mb() - before, 1)}
 
 
-def measure_matmul(device: torch.device) -> float:
-    """Return the fastest rate of a square bf16 matrix product, in FLOP/s."""
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the fastest rate of a square matrix product, in FLOP/s."""
     rates = []
     for size in (1024, 2048) if device.type == "cpu" else (8192,):
-        a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+        a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
         for _ in range(40):
             started = time.monotonic()
             (a @ b)[0, 0].item()

@@ -33,7 +33,7 @@ from pipeline.config import Config
 from pipeline.engine import engine_arguments, load_tokenizer, render_chat
 from pipeline.prompts import teacher_chat
 from pipeline.question import question_job
-from pipeline.resources import KEEP_MEMORY
+from pipeline.resources import KEEP_MEMORY, compute_dtype
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, digest, seed_of
 from pipeline.store import Stage
 
@@ -166,7 +166,7 @@ def write_pipeline(config: Config, request: dict[str, Any]) -> dict[str, Any]:
         assert ends == sorted(ends), "units were not answered in order"
         stats = [unit.stats for unit in Stage(folder, "answer", ANSWER).units()]
     return {
-        "dtype": "bfloat16",
+        "dtype": compute_dtype(config.cluster.engine_gpus > 0),
         "passes": [
             {"seconds": end - begin, **{k: v for k, v in stat.items() if not k.startswith("tail")}}
             for begin, end, stat in zip(ends, ends[1:], stats[1:], strict=False)

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pipeline.config import Cluster, Model, Sampling
+from pipeline.resources import compute_dtype
 from pipeline.store import PROGRESS_S
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _require_compiler() -> None:
 def engine_arguments(model: Model, cluster: Cluster) -> dict[str, Any]:
     """Return the vLLM arguments that the writing engines and the endpoint share."""
     arguments: dict[str, Any] = {
-        "dtype": "bfloat16",
+        "dtype": compute_dtype(on_gpu=cluster.engine_gpus > 0),
         "seed": 0,
         "max_model_len": model.max_model_len,
         "logprobs_mode": "raw_logprobs",

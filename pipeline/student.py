@@ -19,20 +19,22 @@ from transformers import AutoModelForCausalLM
 from pipeline.batch import Packed, common_opening, pack, plan_epoch, samples_of, topk_of
 from pipeline.config import Config, Lora, Train
 from pipeline.loss import Signal, TopK, answer_losses
+from pipeline.resources import compute_dtype
 from pipeline.store import Folder
 
 
 def load_base(path: str) -> Any:
-    """Load the base model in bf16, frozen."""
+    """Load the base model in this machine's `compute_dtype`, frozen."""
+    on_gpu = torch.cuda.is_available()
     # On a CPU, PyTorch's fused attention with a mask makes the whole step a third slower than the plain one.
-    attention = "sdpa" if torch.cuda.is_available() else "eager"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
+    attention = "sdpa" if on_gpu else "eager"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=compute_dtype(on_gpu), attn_implementation=attention)
     model.config.use_cache = False
     return model.requires_grad_(False)
 
 
 def add_adapter(base: Any, lora: Lora, base_name: str) -> PeftModel:
-    """Put a fresh bf16 adapter on every linear layer but the output; its fp32 master copy lives in the optimiser."""
+    """Put a fresh adapter on every linear layer but the output; in bf16, its fp32 master copy is the optimiser's."""
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
@@ -40,14 +42,14 @@ def add_adapter(base: Any, lora: Lora, base_name: str) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    model: Any = get_peft_model(base, config, autocast_adapter_dtype=False).to(torch.bfloat16)
+    model: Any = get_peft_model(base, config, autocast_adapter_dtype=False).to(base.dtype)
     # PEFT puts the model's folder there, which is another one on every machine.
     model.peft_config["default"].base_model_name_or_path = base_name
     return model
 
 
 def load_adapter(base: Any, folder: str, is_trainable: bool = False) -> PeftModel:
-    """Put a trained adapter on the base model, in bf16 like a fresh one."""
+    """Put a trained adapter on the base model, in its dtype like a fresh one."""
     return PeftModel.from_pretrained(base, folder, is_trainable=is_trainable, autocast_adapter_dtype=False)
 
 
@@ -60,7 +62,7 @@ class Student(nn.Module):
         self._loss_chunk = loss_chunk
 
     def hidden(self, packed: Packed) -> Tensor:
-        """Return the decoder's last hidden states at the answer positions, bf16 [A, d]."""
+        """Return the decoder's last hidden states at the answer positions, [A, d]."""
         base: Any = self.model.get_base_model()
         states = base.get_decoder()(
             input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask

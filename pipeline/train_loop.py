@@ -143,10 +143,11 @@ class TrainLoop:
 
     def _deepspeed_config(self) -> dict[str, Any]:
         settings = self.settings
+        is_bf16 = next(iter(self.trainable.values())).dtype == torch.bfloat16
         return {
-            "bf16": {"enabled": True},
+            "bf16": {"enabled": is_bf16},
             # At stage 1 this chooses the optimiser without hooks on every gradient, a sixth faster on a small step.
-            "data_types": {"grad_accum_dtype": "fp32"} if settings.zero_stage == 1 else {},
+            "data_types": {"grad_accum_dtype": "fp32"} if is_bf16 and settings.zero_stage == 1 else {},
             "gradient_clipping": settings.max_grad_norm,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.micro_batches,

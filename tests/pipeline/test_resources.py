@@ -14,6 +14,7 @@ from benchmarks.raylets import ENGINE, local_cluster, until
 from cluster.submit import connect, refuse_relative_paths, submit
 from pipeline.config import Config, read_settings
 from pipeline.resources import (
+    compute_dtype,
     demands,
     engine_options,
     has_labels,
@@ -151,6 +152,13 @@ def test_a_machine_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_small_machine(config(num_workers=1000))
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     refuse_small_machine(config(engine_gpus=999, num_workers=1000))
+
+
+def test_models_are_in_bf16_where_the_processor_has_instructions_for_its_products() -> None:
+    assert compute_dtype(on_gpu=True) == "bfloat16"
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat")))
+    has_instructions = {"avx512bw", "avx512vl", "avx512dq"} <= set(flags.split()) or "bf16" in flags.split()
+    assert compute_dtype(on_gpu=False) == ("bfloat16" if has_instructions else "float32")
 
 
 def test_a_model_that_does_not_fit() -> None:
