@@ -60,11 +60,13 @@ def describe_machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
+    import torch  # a second, which `--help` need not take
+
     installed = {distribution.name: distribution.version for distribution in distributions()}
     return {
         "commit": git("rev-parse", "--short", "HEAD"),
         "dirty": bool(git("status", "--porcelain")),
-        "device": f"{cpu}, {os.cpu_count()} cores",
+        "device": f"{cpu}, {os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}",
         "versions": {package: installed[package] for package in PACKAGES if package in installed},
     }
 
