@@ -254,7 +254,8 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     compile: bool = False
-    """Compile the decoder's layers: faster steps, after a minute or two at every start."""
+    """Compile the decoder's layers: half the memory for activations and slightly faster steps, after a minute at every
+    start."""
     checkpoint_steps: int = Field(default=100, ge=1)
     """Optimiser steps between checkpoints."""
     seed: int = 0

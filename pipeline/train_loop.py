@@ -94,7 +94,8 @@ class TrainLoop:
         self.is_refused = self._is_refused(config, student)
         student.train()  # without it neither dropout nor gradient checkpointing does anything
         if settings.compile:
-            for layer in model.get_base_model().get_decoder().layers:
+            network: Any = model.get_base_model()
+            for layer in network.get_decoder().layers:
                 layer.compile(dynamic=True)  # one compilation for all layers, and for rows of any length
         self.trainable = {name: value for name, value in student.named_parameters() if value.requires_grad}
         optimizer = torch.optim.AdamW(
