@@ -138,7 +138,10 @@ def compute_dtype(on_gpu: bool) -> str:
     """
     import torch
 
-    is_fast = on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what PyTorch's own dispatch goes by
+    if on_gpu:
+        return "bfloat16"
+    # What PyTorch's own dispatch goes by; builds for a Mac come without this library.
+    is_fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if is_fast else "float32"
 
 
