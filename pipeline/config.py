@@ -253,9 +253,6 @@ class Train(Section):
     billion parameters), with 3 also the base model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
-    compile: bool = False
-    """Compile the decoder's layers: half the memory for activations and slightly faster steps, after a minute at every
-    start."""
     checkpoint_steps: int = Field(default=100, ge=1)
     """Optimiser steps between checkpoints."""
     seed: int = 0
@@ -270,8 +267,6 @@ class Train(Section):
         if not isinstance(zero, dict):
             raise ValueError(f"deepspeed.zero_optimization = {zero!r}; give a table")
         _refuse_keys("train.deepspeed.zero_optimization", zero, frozenset(["stage"]))
-        if self.compile and self.zero_stage == 3:
-            raise ValueError("compile = true cannot be had with zero_stage = 3, which gathers weights layer by layer")
         if self.batch_tokens < self.row_tokens:
             raise ValueError(
                 f"batch_tokens = {self.batch_tokens} is less than row_tokens = {self.row_tokens}; raise batch_tokens"

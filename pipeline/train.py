@@ -21,8 +21,6 @@ from pipeline.stage import attempt, start_ray, watching
 from pipeline.store import Stage, open_uri
 
 REFUSAL = "refusal.json"
-# Settings of a step's speed and memory; what is trained is the same up to rounding.
-NOT_IN_RESULT = {"checkpoint_steps", "compile", "micro_rows", "loss_chunk", "zero_stage"}
 
 
 def train_adapters(configs: list[Config], base: BaseModel, redo: bool = False, name: str = "train") -> list[Any]:
@@ -48,7 +46,7 @@ def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dic
     model = check_manifest(Stage(config.run_dir, "answer", ANSWER).require(), base)
     stage = Stage(config.run_dir, name, ANSWER)
     settings = {
-        "train": config.train.model_dump(exclude=NOT_IN_RESULT),
+        "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk", "zero_stage"}),
         "general_share": config.general.share,
         "model": model,
         "input": answers.require()["data_digest"],

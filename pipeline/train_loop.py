@@ -93,10 +93,6 @@ class TrainLoop:
         student = Student(model, self.settings.loss_chunk).to(self.device)
         self.is_refused = self._is_refused(config, student)
         student.train()  # without it neither dropout nor gradient checkpointing does anything
-        if settings.compile:
-            network: Any = model.get_base_model()
-            for layer in network.get_decoder().layers:
-                layer.compile(dynamic=True)  # one compilation for all layers, and for rows of any length
         self.trainable = {name: value for name, value in student.named_parameters() if value.requires_grad}
         optimizer = torch.optim.AdamW(
             self.trainable.values(),

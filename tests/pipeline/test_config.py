@@ -66,7 +66,6 @@ def test_a_complete_file(path: Path) -> None:
         ("question.kinds=['joke']", "question.kinds.0 = 'joke': Input should be 'fact',"),
         ("publish.name=Hand Book", "publish.name = 'Hand Book': String should match pattern"),
         ("train.zero_stage=4", "train.zero_stage = 4: Input should be 1, 2 or 3"),
-        ("train={compile=true, zero_stage=3}", "train: compile = true cannot be had with zero_stage = 3"),
         (
             "train.batch_tokens=128",
             "train: batch_tokens = 128 is less than row_tokens = 256; raise batch_tokens",

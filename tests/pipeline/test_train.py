@@ -213,14 +213,6 @@ def test_dropout_acts_and_recomputed_activations_change_nothing(
 
 
 @pytest.mark.long
-def test_compiled_layers_take_the_same_steps(
-    reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    compiled, _ = train(answered, tiny_model, tmp_path, "train.compile=true")
-    np.testing.assert_allclose(compiled, reference[0], rtol=0.05)
-
-
-@pytest.mark.long
 def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
     answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
