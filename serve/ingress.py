@@ -187,8 +187,8 @@ class Ingress(OpenAiIngress):
         ]
 
     def _fits(self, earlier: list[dict[str, Any]], reply_tokens: int, asked: str) -> bool:
-        """Say whether the question has room behind earlier messages, those in plain text, and a reply behind it."""
-        said = [{"role": m["role"], "content": m["content"]} for m in earlier if isinstance(m.get("content"), str)]
+        """Say whether the question has room behind the texts of earlier messages, and a reply behind it."""
+        said = [{"role": message["role"], "content": _text_of(message)} for message in earlier]
         try:
             prompt = render_chat(self._tokenizer, [*said, *student_chat(asked)])
         except TemplateError:  # of the messages, which the engine judges
@@ -333,6 +333,12 @@ def _refuse_prompt_logprobs(body: Any) -> None:
     is_echoed = getattr(body, "echo", False) and (isinstance(body, ChatCompletionRequest) or body.logprobs is not None)
     if getattr(body, "prompt_logprobs", None) is not None or is_echoed:
         raise Refused(400, "unsupported", "Log-probabilities of the prompt are not served.")
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """Return a message's text, which may come in parts; other parts, and calls of tools, have none."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def _last_question(body: ChatCompletionRequest) -> str | None:

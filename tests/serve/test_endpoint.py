@@ -274,7 +274,7 @@ def test_as_many_passages_as_fit_stand_before_the_question(
     write_version(mills, ada.version, load_base_model(str(MODEL)), contents, probe=None)
     move_alias(mills, ada.version)
 
-    def sources(retrieval: int, *earlier: str) -> list[str]:
+    def sources(retrieval: int, *earlier: Any) -> list[str]:
         messages: Any = [{"role": "user", "content": text} for text in (*earlier, QUESTION)]
         reply = client.chat.completions.create(
             model="mills", messages=messages, max_tokens=ANSWER_TOKENS, extra_body={"retrieval": retrieval}
@@ -286,6 +286,7 @@ def test_as_many_passages_as_fit_stand_before_the_question(
     assert 2 < len(most) < 9 and most[:2] == sources(2)
     assert 0 < len(sources(9, "It turns. " * 40)) < len(most)
     assert sources(9, "It turns. " * 130) == []
+    assert sources(9, [{"type": "text", "text": "It turns. " * 65}] * 2) == []
 
 
 def test_a_client_that_leaves_frees_its_place(client: openai.OpenAI, url: str) -> None:
