@@ -404,7 +404,7 @@ class Cluster(Section):
     address: str | None = None
     """Ray cluster to join; unset: RAY_ADDRESS if it is set, else a local Ray that ends with the run."""
     num_engines: int = Field(default=1, ge=1)
-    """vLLM engines that write at the same time."""
+    """vLLM engines that write, or evaluate many corpora, at the same time."""
     engine_gpus: int = Field(default=0, ge=0)
     """GPUs per engine (tensor parallel size); 0: the CPU build."""
     engine_cpus: int = Field(default=2, ge=1)

@@ -108,7 +108,7 @@ def _ask_and_measure(tasks: dict[int, Task], base_path: str) -> Iterator[tuple[i
     groups = [list(tasks)[start : start + size] for start in range(0, len(tasks), size)]
     for group, (said, measured), seconds in in_turns(groups, engines, submit):
         for result in zip(group, said, measured, strict=True):
-            yield *result, seconds / len(group)
+            yield *result, seconds / len(group) / min(engines, len(groups))
 
 
 def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
