@@ -23,12 +23,13 @@ from pipeline.resources import compute_dtype
 from pipeline.store import Folder
 
 
-def load_base(path: str) -> Any:
-    """Load the base model in this machine's `compute_dtype`, frozen."""
+def load_base(path: str, dtype: str | None = None) -> Any:
+    """Load the base model frozen, in this machine's `compute_dtype` unless another is asked for."""
     on_gpu = torch.cuda.is_available()
     # On a CPU, PyTorch's fused attention with a mask makes the whole step a third slower than the plain one.
     attention = "sdpa" if on_gpu else "eager"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=compute_dtype(on_gpu), attn_implementation=attention)
+    dtype = dtype or compute_dtype(on_gpu)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
     return model.requires_grad_(False)
 

@@ -39,6 +39,7 @@ from pipeline.config import Config
 from pipeline.loss import FullVocabulary, Labels, Signal, TopK
 from pipeline.metrics import record_progress
 from pipeline.previous import adapter_of
+from pipeline.resources import compute_dtype
 from pipeline.store import PROGRESS_S, Stage
 from pipeline.student import Student, add_adapter, load_adapter, load_base
 from pipeline.train import REFUSAL
@@ -116,11 +117,18 @@ class TrainLoop:
 
     def _load_model(self, config: Config, base: BaseModel) -> PeftModel:
         """Return the base model with a fresh adapter, or with that of the previous run."""
-        model = load_base(base.path)
+        model = load_base(base.path, self._common_dtype())
         if config.update.previous_run is None:
             return add_adapter(model, self.settings.lora, base.name)
         with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
             return load_adapter(model, adapter_of(config.update.previous_run).copy_to(folder), is_trainable=True)
+
+    def _common_dtype(self) -> str:
+        """Return the dtype that all workers train in: float32 if one of them is on a CPU that is slow in bf16."""
+        is_bf16 = torch.ones(1, dtype=torch.int32, device=self.device)
+        is_bf16 *= compute_dtype(self.device.type == "cuda") == "bfloat16"
+        torch.distributed.all_reduce(is_bf16, torch.distributed.ReduceOp.MIN)
+        return "bfloat16" if is_bf16.item() else "float32"
 
     def _is_refused(self, config: Config, student: Student) -> bool:
         """Let the first worker compare student and teacher; all workers learn what came of it, the driver reads why."""
@@ -255,7 +263,7 @@ class TrainLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self._step(self.plan[0])
-        # Under ZeRO 3 the bf16 parameters are whole only inside this context; elsewhere it does nothing.
+        # Under ZeRO 3 the parameters are whole only inside this context; elsewhere it does nothing.
         with deepspeed.zero.GatheredParameters(list(self.trainable.values()), modifier_rank=0):
             for name, parameter in self.trainable.items():
                 parameter.data.copy_(tensors[f"master.{name}"])
