@@ -13,7 +13,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
-from pipeline.resources import demands, model_fits, unmet
+from pipeline.resources import demands, loaded_bytes, model_fits, unmet
 from pipeline.stage import CODE, NOT_CODE
 from pipeline.store import Folder
 
@@ -59,9 +59,12 @@ def _on(node: dict[str, Any], task: Any, *arguments: Any) -> Any:
 def _look(model: str) -> dict[str, int | None]:
     import torch
 
-    weights = [file.stat().st_size for file in Path(model).glob("*.safetensors")]
+    has_model = any(Path(model).glob("*.safetensors"))
     gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    return {"weight_bytes": sum(weights) if weights else None, "gpu_bytes": min(gpus, default=0)}
+    return {
+        "weight_bytes": loaded_bytes(model, "bfloat16") if has_model else None,
+        "gpu_bytes": min(gpus, default=0),
+    }
 
 
 def _try_to_write(field: str, uri: str) -> str | None:

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from pipeline.filter import filter_answers
 from pipeline.held_out import load_questions, read_questions
 from pipeline.prompts import question_chat, teacher_chat
 from pipeline.read import read_documents
-from pipeline.resources import cluster_address, compute_dtype, model_fits
+from pipeline.resources import cluster_address, compute_dtype, loaded_bytes, model_fits
 from pipeline.schema import ANSWER, PASSAGE
 from pipeline.stage import only
 from pipeline.store import Folder, Stage, open_uri
@@ -167,16 +166,6 @@ def _too_large(config: Config, base: BaseModel) -> str | None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     weights = loaded_bytes(base.path, compute_dtype(config.cluster.engine_gpus > 0))
     return model_fits(config, weights, min(gpus, default=0), memory)
-
-
-def loaded_bytes(path: str, dtype: str) -> int:
-    """Return how much memory a model's weights take in this dtype, whatever they are stored in."""
-    import torch
-    from transformers import AutoConfig
-
-    stored: Any = AutoConfig.from_pretrained(path).dtype or torch.bfloat16
-    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-    return size * getattr(torch, dtype).itemsize // stored.itemsize
 
 
 def refuse_full_disk(run_dir: str, needed: int) -> None:

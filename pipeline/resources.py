@@ -7,6 +7,7 @@ the nodes that exist, one sentence per demand that cannot be met.
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import Cluster, Config
@@ -133,8 +134,8 @@ def has_labels(labels: dict[str, str], selectors: dict[str, str]) -> bool:
 def compute_dtype(on_gpu: bool) -> str:
     """Return the dtype of models and adapters in this process: bfloat16, or float32 on a CPU that is slow in it.
 
-    Without AVX-512 (or Arm's bf16 instructions) PyTorch multiplies bf16 matrices number by number: in float32 writing
-    is three times as fast, and a training step a hundred times.
+    Without AVX-512 (or Arm's bf16 instructions) PyTorch multiplies bf16 matrices number by number, far slower than
+    float32.
     """
     import torch
 
@@ -143,6 +144,16 @@ def compute_dtype(on_gpu: bool) -> str:
     # What PyTorch's own dispatch goes by; builds for a Mac come without this library.
     is_fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if is_fast else "float32"
+
+
+def loaded_bytes(path: str, dtype: str) -> int:
+    """Return how much memory the weights in a model's folder take in this dtype, whatever they are stored in."""
+    import torch
+    from transformers import AutoConfig
+
+    stored: Any = AutoConfig.from_pretrained(path).dtype or torch.bfloat16
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    return size * getattr(torch, dtype).itemsize // stored.itemsize
 
 
 def model_fits(config: Config, weight_bytes: int, gpu_bytes: int, memory_bytes: int | None = None) -> str | None:

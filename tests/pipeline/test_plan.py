@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.base_model import load_base_model
 from pipeline.config import Config, load_config
-from pipeline.plan import loaded_bytes, price, refuse_full_disk, reply_seconds, too_long
+from pipeline.plan import price, refuse_full_disk, reply_seconds, too_long
 from tests.conftest import ROOT
 
 MODEL = ROOT / ".models" / "smollm2-135m-instruct"
@@ -44,12 +44,6 @@ def test_a_full_disk_is_refused_with_both_numbers(tmp_path: Path) -> None:
     refuse_full_disk("s3://bucket/run", 1 << 60)
     with pytest.raises(ValueError, match=r"has \d+\.\d GiB free, and the run will take 1073741824\.0 GiB"):
         refuse_full_disk(str(tmp_path), 1 << 60)
-
-
-def test_weights_take_twice_the_memory_where_bf16_is_loaded_as_float32() -> None:
-    size = (MODEL / "model.safetensors").stat().st_size
-    assert loaded_bytes(str(MODEL), "bfloat16") == size
-    assert loaded_bytes(str(MODEL), "float32") == 2 * size
 
 
 def test_the_evaluation_costs_what_its_prompts_and_replies_would_have_cost_before(tmp_path: Path) -> None:

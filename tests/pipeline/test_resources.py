@@ -18,6 +18,7 @@ from pipeline.resources import (
     demands,
     engine_options,
     has_labels,
+    loaded_bytes,
     model_fits,
     refuse_small_machine,
     unmet,
@@ -28,6 +29,7 @@ from pipeline.store import Stage
 from tests.conftest import ROOT
 
 GIB = 1 << 30
+MODEL = ROOT / ".models" / "smollm2-135m-instruct"
 
 
 def config(**cluster: Any) -> Config:
@@ -159,6 +161,12 @@ def test_models_are_in_bf16_where_the_processor_has_instructions_for_its_product
     flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat")))
     has_instructions = {"avx512bw", "avx512vl", "avx512dq"} <= set(flags.split()) or "bf16" in flags.split()
     assert compute_dtype(on_gpu=False) == ("bfloat16" if has_instructions else "float32")
+
+
+def test_weights_take_twice_the_memory_where_bf16_is_loaded_as_float32() -> None:
+    size = (MODEL / "model.safetensors").stat().st_size
+    assert loaded_bytes(str(MODEL), "bfloat16") == size
+    assert loaded_bytes(str(MODEL), "float32") == 2 * size
 
 
 def test_a_model_that_does_not_fit() -> None:
