@@ -176,7 +176,7 @@ def train_ours(config: Config, request: dict[str, Any]) -> dict[str, Any]:
             loop = TrainLoop(config, load_base_model(config.model.path), Stage(folder, "train", ANSWER))
         assert not loop.is_refused, "student and stored teacher differ; `python -m pipeline train` says where"
         result["loaded_mb"] = memory_mb()
-        dtype = loop.student.hidden(loop._micro_batch(loop.plan[0][:1])[0]).dtype
+        dtype = next(iter(loop.trainable.values())).dtype
         steps = loop.plan[: request["steps"] + 1]
         tokens, seconds = [], []
         for step in steps:
