@@ -2,9 +2,12 @@
 
 In: one shard of questions per unit, and the shard of passages it came from. Out: answers as flat Arrow arrays; prompts
 that do not fit are Rejected. Requests of a passage stand together, so that its prefix is computed once.
+A share of the questions is open-book: both teacher and student have the passage among others that retrieval finds, so
+there is nothing to learn but to go on reading. No such question is asked without them, or memory would do.
 """
 
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,18 +17,23 @@ from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config
 from pipeline.engine import Completion, Engine, render_chat
 from pipeline.previous import PreviousRun
-from pipeline.prompts import prompts_digest, student_chat, teacher_chat
+from pipeline.prompts import prompts_digest, retrieval_question, student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
+if TYPE_CHECKING:
+    from pipeline.retrieve import PassageIndex
+
 
 def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
     """Describe the stage; every unit needs the unit of the same name of the question stage."""
+    settings, retrieved = config.answer, config.serve.retrieval_passages
     return Job(
         Stage(config.run_dir, "answer", ANSWER),
         {
-            "answer": config.answer.model_dump(),
+            "answer": settings.model_dump(),
+            **({"retrieval_passages": retrieved} if settings.open_book_share else {}),
             "max_model_len": config.model.max_model_len,
             "model": base.identity(),
             "prompts": prompts_digest(),
@@ -33,21 +41,55 @@ def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
         },
         questions.units,
         AnswerWriter,
-        {"run_dir": config.run_dir, "settings": config.answer, "previous_run": config.update.previous_run},
+        {
+            "run_dir": config.run_dir,
+            "settings": settings,
+            "previous_run": config.update.previous_run,
+            "retrieval_passages": retrieved,
+        },
         config.max_reject_share,
     )
+
+
+class OpenBook(NamedTuple):
+    """Which questions are open-book, and what stands before them."""
+
+    index: "PassageIndex"
+    share: float  # of the questions
+    count: int  # passages, the right one among them
+
+    def passages(self, question: dict[str, Any], passage: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the passages for a question, best first; the right one is last if it was not found; [] if none."""
+        if seed_of("open book", question["question_id"]) >= self.share * 2**32:
+            return []
+        found = [hit.passage for hit in self.index.search(question["text"], self.count)]
+        if passage["passage_id"] in {row["passage_id"] for row in found}:
+            return found
+        return [*found[: self.count - 1], passage]
 
 
 class AnswerWriter:
     """One unit is the questions about one shard of passages; those of a previous run keep theirs."""
 
-    def __init__(self, run_dir: str, settings: AnswerSection, engine: Engine, previous_run: str | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        settings: AnswerSection,
+        engine: Engine,
+        previous_run: str | None = None,
+        retrieval_passages: int = 1,
+    ) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
         self._answers = Stage(run_dir, "answer", ANSWER)
         self._settings = settings
         self._engine = engine
         self._previous = PreviousRun(previous_run)
+        self._open_book = None
+        if share := settings.open_book_share:
+            from pipeline.retrieve import PassageIndex, passages_of
+
+            self._open_book = OpenBook(PassageIndex.build(passages_of(run_dir)), share, retrieval_passages)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
@@ -57,7 +99,7 @@ class AnswerWriter:
         new = self._questions.read_unit(unit["name"]).filter(~answered)
         before = self._engine.stats
         written, rejected = answer_questions(
-            self._engine, {row["passage_id"]: row for row in passages}, new.to_pylist(), self._settings
+            self._engine, {row["passage_id"]: row for row in passages}, new.to_pylist(), self._settings, self._open_book
         )
         table = pa.concat_tables([kept, written])
         stats = self._engine.stats.since(before) | {
@@ -75,13 +117,17 @@ def answer_questions(
     passages: dict[str, dict[str, Any]],
     questions: list[dict[str, Any]],
     settings: AnswerSection,
+    open_book: OpenBook | None = None,
 ) -> tuple[pa.Table, list[Rejected]]:
     """Answer every question `settings.per_question` times; return the ANSWER table and what did not fit."""
     room = engine.max_model_len - settings.max_tokens
-    rows, prompts, rejected = [], [], []
+    rows, prompts, rejected, in_open_book = [], [], [], set()
     for question in questions:
-        passage = passages[question["passage_id"]]
-        prompt = render_chat(engine.tokenizer, teacher_chat(passage["text"], passage["heading"], question["text"]))
+        passage, text = passages[question["passage_id"]], question["text"]
+        chat, asked = teacher_chat(passage["text"], passage["heading"], text), student_chat(text)
+        if found := open_book.passages(question, passage) if open_book else []:
+            chat = asked = student_chat(retrieval_question(found, text, lambda _: True)[0])
+        prompt, student_prompt = render_chat(engine.tokenizer, chat), render_chat(engine.tokenizer, asked)
         for ordinal in range(settings.per_question):
             answer_id = answer_id_of(question["question_id"], ordinal, settings)
             if len(prompt) > room:
@@ -89,13 +135,14 @@ def answer_questions(
                     Rejected("answer", answer_id, "too_long", f"prompt of {len(prompt)} tokens, room for {room}")
                 )
                 continue
-            student_prompt = render_chat(engine.tokenizer, student_chat(question["text"]))
             rows.append((answer_id, question["question_id"], question["passage_id"], student_prompt))
+            if found:
+                in_open_book.add(answer_id)
             prompts.append(prompt)
     completions = engine.complete(
         prompts, seed_of(settings.seed, *(row[0] for row in rows)), settings, settings.max_tokens, settings.top_k
     )
-    return answer_table(rows, completions), rejected
+    return answer_table(rows, completions, in_open_book), rejected
 
 
 def answer_id_of(question_id: str, ordinal: int, settings: AnswerSection) -> str:
@@ -103,8 +150,13 @@ def answer_id_of(question_id: str, ordinal: int, settings: AnswerSection) -> str
     return digest(question_id, ordinal, settings.seed)
 
 
-def answer_table(rows: list[tuple[str, str, str, list[int]]], completions: list[Completion]) -> pa.Table:
-    """Build the ANSWER table; a row is an answer's id, its question's, its passage's, and the student's prompt."""
+def answer_table(
+    rows: list[tuple[str, str, str, list[int]]], completions: list[Completion], open_book: Collection[str] = ()
+) -> pa.Table:
+    """Build the ANSWER table; a row is an answer's id, its question's, its passage's, and the student's prompt.
+
+    `open_book` has the ids of the answers that are.
+    """
 
     def ragged(arrays: list[np.ndarray], kind: Any) -> pa.Array:
         offsets = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int32)
@@ -115,6 +167,7 @@ def answer_table(rows: list[tuple[str, str, str, list[int]]], completions: list[
         *([row[column] for row in rows] for column in range(3)),
         [completion.text.strip() for completion in completions],
         [completion.finish_reason for completion in completions],
+        [answer_id in open_book for answer_id, *_ in rows],
         ragged([np.asarray(prompt) for *_, prompt in rows], np.int32),
         ragged([completion.token_ids for completion in completions], np.int32),
         ragged([completion.topk_ids for completion in completions], np.int32),

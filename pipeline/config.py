@@ -150,6 +150,9 @@ class AnswerSection(Sampling):
     """Teacher log-probabilities stored for each answer token."""
     max_tokens: int = Field(default=128, ge=1)
     """Longest answer."""
+    open_book_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the questions that teacher and student both get with `serve.retrieval_passages` passages in the prompt,
+    the right one among others that BM25 finds: on these the student goes on reading as the base model does."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature; 0 is greedy. The stored log-probabilities are always those of temperature 1."""
     seed: int = 0

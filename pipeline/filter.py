@@ -78,7 +78,8 @@ class AnswerFilter:
         if (least := self._settings.min_initial_kl) is not None:
             from pipeline.student import shared_scorer
 
-            kept = np.flatnonzero([reason is None for reason in reasons])
+            is_open = answers["open_book"].to_pylist()
+            kept = np.flatnonzero([reason is None and not is_open[index] for index, reason in enumerate(reasons)])
             for index, kl in zip(kept, shared_scorer(self._config).initial_kl(answers.take(kept)), strict=True):
                 if kl < least:
                     reasons[index] = "nothing_to_learn"

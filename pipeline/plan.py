@@ -142,17 +142,18 @@ def too_long(config: Config, base: BaseModel) -> Iterator[str]:
     """Say where the longest passage, its prompt without heading and question, and the reply exceed the context."""
     tokenizer = load_tokenizer(base.path)
     asking = [question_chat("", "", kind, config.question.per_call, "") for kind in config.question.kinds]
-    for name, chats, reply in (
-        ("question", asking, config.question.max_tokens),
-        ("answer", [teacher_chat("", "", "")], config.answer.max_tokens),
+    retrieved = config.serve.retrieval_passages if config.answer.open_book_share else 1
+    for name, chats, reply, passages in (
+        ("question", asking, config.question.max_tokens, 1),
+        ("answer", [teacher_chat("", "", "")], config.answer.max_tokens, retrieved),
     ):
         prompt = max(len(render_chat(tokenizer, chat)) for chat in chats)
-        needed = config.chunk.max_tokens + prompt + reply
+        needed = passages * config.chunk.max_tokens + prompt + reply
         if needed > config.model.max_model_len:
             yield (
-                f"model.max_model_len = {config.model.max_model_len} is too small: a passage of chunk.max_tokens = "
-                f"{config.chunk.max_tokens}, a prompt of {prompt} and {name}.max_tokens = {reply} take {needed}; raise "
-                "it, or lower the others"
+                f"model.max_model_len = {config.model.max_model_len} is too small: {passages} passage(s) of "
+                f"chunk.max_tokens = {config.chunk.max_tokens}, a prompt of {prompt} and {name}.max_tokens = {reply} "
+                f"take {needed}; raise it, or lower the others"
             )
 
 

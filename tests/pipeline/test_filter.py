@@ -18,6 +18,7 @@ def answers(*rows: tuple[str, str, str]) -> pa.Table:
                 "passage_id": "p",
                 "text": text,
                 "finish_reason": finish_reason,
+                "open_book": False,
                 "prompt_ids": [1],
                 "answer_ids": [2],
                 "topk_ids": [2],

@@ -32,7 +32,7 @@ def test_a_context_that_cannot_hold_a_passage_is_named_with_what_it_would_take(t
     assert list(too_long(config(tmp_path), base)) == []
     (text,) = too_long(config(tmp_path, "chunk.max_tokens=1600"), base)
     assert text.startswith(
-        "model.max_model_len = 2048 is too small: a passage of chunk.max_tokens = 1600, a prompt of "
+        "model.max_model_len = 2048 is too small: 1 passage(s) of chunk.max_tokens = 1600, a prompt of "
     )
     needed = int(text.partition(" take ")[2].partition(";")[0])
     assert not list(too_long(config(tmp_path, "chunk.max_tokens=1600", f"model.max_model_len={needed}"), base))

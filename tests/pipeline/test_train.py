@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.raylets import WORKER, empty_cluster, until
+from pipeline.align import TeacherPrompts, check_alignment
 from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
 from pipeline.config import load_config
@@ -29,7 +30,7 @@ from pipeline.prompts import student_chat, teacher_chat
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
 from pipeline.stage import only
 from pipeline.store import Stage
-from pipeline.student import KlScorer
+from pipeline.student import KlScorer, Student, add_adapter, load_base
 from pipeline.train import train_adapters
 from tests.conftest import ROOT
 
@@ -281,6 +282,26 @@ def test_answers_that_teach_nothing_are_left_out(
     assert only(filter_answers([config]))["rejected"] == {"nothing_to_learn": NUM_ANSWERS // 2}
     kept = Stage(config.run_dir, "filter", ANSWER).read_unit("0-00000")["answer_id"].to_pylist()
     assert kept == [name for name, value in zip(answers["answer_id"].to_pylist(), kl, strict=True) if value >= least]
+
+
+def test_open_book_answers_have_one_prompt_and_nothing_to_learn(
+    local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    overrides = ["evaluate.held_out=0", "filter.min_initial_kl=1e9"]
+    config = load_config(write_run(tmp_path, answered, tiny_model), overrides)
+    path = only((tmp_path / "run" / "answer" / "data").glob("*.parquet"))
+    closed = pq.read_table(path)
+    prompts, count = [prompt.tolist() for prompt in TeacherPrompts(config).of(closed)], NUM_ANSWERS // 2
+    rows = [
+        row | {"open_book": True, "prompt_ids": prompt} for row, prompt in zip(closed.to_pylist(), prompts, strict=True)
+    ]
+    table = pa.Table.from_pylist(rows[:count], closed.schema)
+    pq.write_table(pa.concat_tables([table, closed.slice(count)]), path)
+    shutil.rmtree(tmp_path / "run" / "filter")
+    assert only(filter_answers([config]))["rejected"] == {"nothing_to_learn": NUM_ANSWERS - count}
+    student = Student(add_adapter(load_base(str(tiny_model)), config.train.lora, "tiny"), 64)
+    check_alignment(config, student, torch.device("cpu"))
+    assert KlScorer(config.train, str(tiny_model), 1).initial_kl(table).max() < 0.02
 
 
 def test_an_update_with_nothing_new_keeps_the_adapter(
