@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
@@ -91,8 +92,9 @@ class AnswerFilter:
             )
             if reason is not None
         ]
+        by_heart = kept_answers.filter(~pc.field("open_book"))
         return self._filtered.commit(
-            unit["name"], [kept_answers], rejected, answers.num_rows, measure_coverage(passages, texts, kept_answers)
+            unit["name"], [kept_answers], rejected, answers.num_rows, measure_coverage(passages, texts, by_heart)
         )
 
 

@@ -1,7 +1,7 @@
 """Config -> what a run asks Ray for, and what it gets: arithmetic, without Ray.
 
-In: `[cluster]` and the size of the base model. Out: one `Demand` per stage that needs more than a core, and, against
-the nodes that exist, one sentence per demand that cannot be met.
+In: `[cluster]`, and the base model's folder, for its size in the dtype that a machine computes in. Out: one `Demand`
+per stage that needs more than a core, and, against the nodes that exist, one sentence per demand that is not met.
 """
 
 import math
