@@ -87,9 +87,10 @@ class AnswerWriter:
         self._previous = PreviousRun(previous_run)
         self._open_book = None
         if share := settings.open_book_share:
-            from pipeline.retrieve import PassageIndex, passages_of
+            from pipeline.retrieve import PassageIndex
 
-            self._open_book = OpenBook(PassageIndex.build(passages_of(run_dir)), share, retrieval_passages)
+            passages = pa.concat_tables(map(self._passages.read_shard, self._passages.shards()))
+            self._open_book = OpenBook(PassageIndex.build(passages), share, retrieval_passages)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
