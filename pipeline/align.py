@@ -51,7 +51,7 @@ class TeacherPrompts:
         return prompts
 
     def student_prompts(self, answers: pa.Table) -> list[list[int]]:
-        """Return what the student is asked for every answer; what retrieval found for open-book ones is stored only."""
+        """Return what the student is asked for every answer; open-book ones as stored, which is not checked."""
         return [
             row["prompt_ids"]
             if row["open_book"]

@@ -2,11 +2,12 @@
 
 In: one shard of questions per unit, and the shard of passages it came from. Out: answers as flat Arrow arrays; prompts
 that do not fit are Rejected. Requests of a passage stand together, so that its prefix is computed once.
-A share of the questions is open-book: both teacher and student have the passage among others that retrieval finds, so
-there is nothing to learn but to go on reading. No such question is asked without them, or memory would do.
+A share of the questions is open-book: teacher and student both have the gold passage in their prompt, among others that
+retrieval finds, so that there is nothing to learn but to go on reading. None of these is asked closed-book, too: its
+answer would be known, and the passages would be left unread.
 """
 
-from collections.abc import Collection
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,14 +53,14 @@ def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
 
 
 class OpenBook(NamedTuple):
-    """Which questions are open-book, and what stands before them."""
+    """Which questions are open-book, and the passages in their prompts."""
 
     index: "PassageIndex"
     share: float  # of the questions
-    count: int  # passages, the right one among them
+    count: int  # passages, the gold passage among them
 
     def passages(self, question: dict[str, Any], passage: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the passages for a question, best first; the right one is last if it was not found; [] if none."""
+        """Return an open-book question's passages, best first, the gold one last if it was not found; of others []."""
         if seed_of("open book", question["question_id"]) >= self.share * 2**32:
             return []
         found = [hit.passage for hit in self.index.search(question["text"], self.count)]
@@ -75,9 +76,9 @@ class AnswerWriter:
         self,
         run_dir: str,
         settings: AnswerSection,
+        retrieval_passages: int,
         engine: Engine,
         previous_run: str | None = None,
-        retrieval_passages: int = 1,
     ) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
@@ -85,12 +86,7 @@ class AnswerWriter:
         self._settings = settings
         self._engine = engine
         self._previous = PreviousRun(previous_run)
-        self._open_book = None
-        if share := settings.open_book_share:
-            from pipeline.retrieve import PassageIndex
-
-            passages = pa.concat_tables(map(self._passages.read_shard, self._passages.shards()))
-            self._open_book = OpenBook(PassageIndex.build(passages), share, retrieval_passages)
+        self._retrieval_passages = retrieval_passages
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
@@ -98,9 +94,11 @@ class AnswerWriter:
         # New ones, and those for whose prompts there was no room before.
         answered = pc.field("question_id").isin(kept["question_id"].combine_chunks())
         new = self._questions.read_unit(unit["name"]).filter(~answered)
+        share = self._settings.open_book_share
+        open_book = OpenBook(_index(self._passages), share, self._retrieval_passages) if share else None
         before = self._engine.stats
         written, rejected = answer_questions(
-            self._engine, {row["passage_id"]: row for row in passages}, new.to_pylist(), self._settings, self._open_book
+            self._engine, {row["passage_id"]: row for row in passages}, new.to_pylist(), self._settings, open_book
         )
         table = pa.concat_tables([kept, written])
         stats = self._engine.stats.since(before) | {
@@ -113,6 +111,15 @@ class AnswerWriter:
         )
 
 
+@lru_cache(1)
+def _index(chunk: Stage) -> "PassageIndex":
+    """Return an index of a run's passages, 8 kB of memory for each, for all units of it that come in a row."""
+    from pipeline.retrieve import PassageIndex
+
+    columns = ["passage_id", "heading", "text"]
+    return PassageIndex.build(pa.concat_tables([chunk.read_shard(shard, columns) for shard in chunk.shards()]))
+
+
 def answer_questions(
     engine: Engine,
     passages: dict[str, dict[str, Any]],
@@ -122,13 +129,16 @@ def answer_questions(
 ) -> tuple[pa.Table, list[Rejected]]:
     """Answer every question `settings.per_question` times; return the ANSWER table and what did not fit."""
     room = engine.max_model_len - settings.max_tokens
-    rows, prompts, rejected, in_open_book = [], [], [], set()
+    rows, prompts, rejected = [], [], []
     for question in questions:
         passage, text = passages[question["passage_id"]], question["text"]
-        chat, asked = teacher_chat(passage["text"], passage["heading"], text), student_chat(text)
-        if found := open_book.passages(question, passage) if open_book else []:
-            chat = asked = student_chat(retrieval_question(found, text, lambda _: True)[0])
-        prompt, student_prompt = render_chat(engine.tokenizer, chat), render_chat(engine.tokenizer, asked)
+        found = open_book.passages(question, passage) if open_book else []
+        if found:
+            prompt = render_chat(engine.tokenizer, student_chat(retrieval_question(found, text, lambda _: True)[0]))
+            student_prompt = prompt
+        else:
+            prompt = render_chat(engine.tokenizer, teacher_chat(passage["text"], passage["heading"], text))
+            student_prompt = render_chat(engine.tokenizer, student_chat(text))
         for ordinal in range(settings.per_question):
             answer_id = answer_id_of(question["question_id"], ordinal, settings)
             if len(prompt) > room:
@@ -136,14 +146,12 @@ def answer_questions(
                     Rejected("answer", answer_id, "too_long", f"prompt of {len(prompt)} tokens, room for {room}")
                 )
                 continue
-            rows.append((answer_id, question["question_id"], question["passage_id"], student_prompt))
-            if found:
-                in_open_book.add(answer_id)
+            rows.append(Asked(answer_id, question["question_id"], question["passage_id"], student_prompt, bool(found)))
             prompts.append(prompt)
     completions = engine.complete(
-        prompts, seed_of(settings.seed, *(row[0] for row in rows)), settings, settings.max_tokens, settings.top_k
+        prompts, seed_of(settings.seed, *(row.answer_id for row in rows)), settings, settings.max_tokens, settings.top_k
     )
-    return answer_table(rows, completions, in_open_book), rejected
+    return answer_table(rows, completions), rejected
 
 
 def answer_id_of(question_id: str, ordinal: int, settings: AnswerSection) -> str:
@@ -151,13 +159,18 @@ def answer_id_of(question_id: str, ordinal: int, settings: AnswerSection) -> str
     return digest(question_id, ordinal, settings.seed)
 
 
-def answer_table(
-    rows: list[tuple[str, str, str, list[int]]], completions: list[Completion], open_book: Collection[str] = ()
-) -> pa.Table:
-    """Build the ANSWER table; a row is an answer's id, its question's, its passage's, and the student's prompt.
+class Asked(NamedTuple):
+    """What is known of an answer before it is written."""
 
-    `open_book` has the ids of the answers that are.
-    """
+    answer_id: str
+    question_id: str
+    passage_id: str
+    prompt_ids: list[int]  # the student's
+    open_book: bool = False
+
+
+def answer_table(rows: list[Asked], completions: list[Completion]) -> pa.Table:
+    """Build the ANSWER table of what was asked and what was answered."""
 
     def ragged(arrays: list[np.ndarray], kind: Any) -> pa.Array:
         offsets = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int32)
@@ -165,11 +178,13 @@ def answer_table(
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(kind)))
 
     columns = [
-        *([row[column] for row in rows] for column in range(3)),
+        [row.answer_id for row in rows],
+        [row.question_id for row in rows],
+        [row.passage_id for row in rows],
         [completion.text.strip() for completion in completions],
         [completion.finish_reason for completion in completions],
-        [answer_id in open_book for answer_id, *_ in rows],
-        ragged([np.asarray(prompt) for *_, prompt in rows], np.int32),
+        [row.open_book for row in rows],
+        ragged([np.asarray(row.prompt_ids) for row in rows], np.int32),
         ragged([completion.token_ids for completion in completions], np.int32),
         ragged([completion.topk_ids for completion in completions], np.int32),
         ragged([completion.topk_logprobs for completion in completions], np.float16),

@@ -152,7 +152,8 @@ class AnswerSection(Sampling):
     """Longest answer."""
     open_book_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the questions that teacher and student both get with `serve.retrieval_passages` passages in the prompt,
-    the right one among others that BM25 finds: on these the student goes on reading as the base model does."""
+    the gold passage among others that BM25 finds: on these the student goes on reading as the base model does. An
+    update keeps those of its previous run. The prompts are long: `train.row_tokens` should hold one."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature; 0 is greedy. The stored log-probabilities are always those of temperature 1."""
     seed: int = 0
@@ -385,7 +386,8 @@ class Serve(Section):
     alias_seconds: float = Field(default=2, gt=0, le=10)
     """How long the registry's names, aliases and keys are remembered: a moved alias takes effect this soon."""
     retrieval_passages: int = Field(default=3, ge=1, le=20)
-    """Passages in the prompt of a request with `"retrieval": true`, and of the evaluation's retrieval arms."""
+    """Passages in the prompt of a request with `"retrieval": true`, of the evaluation's retrieval arms and of open-book
+    questions."""
     auto_min_score: float = Field(default=0.2, ge=0, le=1)
     """Share of the question's weight that a passage must hold for `model: "auto"` to choose its corpus."""
 

@@ -248,7 +248,7 @@ def _write_answers(config: Config, stage: Stage, replies: Replies, points: Point
 
 
 def _taught(config: Config, passages: set[str]) -> dict[str, list[dict[str, str]]]:
-    """Return what was learnt by heart about these passages: passage id -> question and answer."""
+    """Return what was learnt closed-book about these passages: passage id -> question and answer."""
     kept, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
     rows = rows_where(kept, ["passage_id", "question_id", "text", "open_book"], "passage_id", passages)
     rows = [row for row in rows if not row["open_book"]]

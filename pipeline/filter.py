@@ -71,15 +71,16 @@ class AnswerFilter:
         texts = {row["question_id"]: row["text"] for row in self._question.read_unit(unit["name"]).to_pylist()}
         answers = self._answers.read_unit(unit["name"])
         reasons = find_reasons(answers, texts, passages, self._settings)
+        is_open = answers["open_book"].to_pylist()
         for index, question_id in enumerate(answers["question_id"].to_pylist()):
-            if reasons[index] is None and question_id in self._held_out.ids:
+            # The answer to an open-book question is one from a retrieval prompt: no measure for the others.
+            if reasons[index] is None and question_id in self._held_out.ids and not is_open[index]:
                 reasons[index] = "held_out"
             elif reasons[index] is None and self._near.holds(texts[question_id]):
                 reasons[index] = "near_evaluation"
         if (least := self._settings.min_initial_kl) is not None:
             from pipeline.student import shared_scorer
 
-            is_open = answers["open_book"].to_pylist()
             kept = np.flatnonzero([reason is None and not is_open[index] for index, reason in enumerate(reasons)])
             for index, kl in zip(kept, shared_scorer(self._config).initial_kl(answers.take(kept)), strict=True):
                 if kl < least:
@@ -92,9 +93,9 @@ class AnswerFilter:
             )
             if reason is not None
         ]
-        by_heart = kept_answers.filter(~pc.field("open_book"))
+        closed_book = kept_answers.filter(~pc.field("open_book"))
         return self._filtered.commit(
-            unit["name"], [kept_answers], rejected, answers.num_rows, measure_coverage(passages, texts, by_heart)
+            unit["name"], [kept_answers], rejected, answers.num_rows, measure_coverage(passages, texts, closed_book)
         )
 
 
@@ -104,7 +105,7 @@ def find_reasons(
     """Return for every answer why it is rejected, or None; `questions` maps ids to texts, `passages` ids to rows."""
     seen: set[tuple[str, str]] = set()
     reasons: list[REASONS | None] = []
-    columns = ("question_id", "passage_id", "text", "finish_reason")
+    columns = ("question_id", "passage_id", "text", "finish_reason", "open_book")
     for row in answers.select(columns).to_pylist():
         key = (row["question_id"], normalise(row["text"]))
         passage = passages[row["passage_id"]]
@@ -114,7 +115,7 @@ def find_reasons(
     return reasons
 
 
-def _reason(row: dict[str, str], question: str, passage: str, settings: FilterSection, is_seen: bool) -> REASONS | None:
+def _reason(row: dict[str, Any], question: str, passage: str, settings: FilterSection, is_seen: bool) -> REASONS | None:
     text = normalise(row["text"])
     if not text:
         return "empty"
@@ -122,6 +123,8 @@ def _reason(row: dict[str, str], question: str, passage: str, settings: FilterSe
         return "unfinished"
     if text == normalise(question):
         return "echoes_question"
+    if row["open_book"]:  # what it says of the texts in its prompt is the base model's way, to be kept
+        return "duplicate_answer" if is_seen else None
     if settings.reject_leak_phrases and speaks_of_text(row["text"]):
         return "leak_phrase"
     if settings.reject_invented_numbers and invents_number(row["text"], f"{passage}\n{question}"):

@@ -119,6 +119,7 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
     others = len(general_questions()) + len(read_questions("evaluate.unrelated", settings.unrelated))
     answers = written["answer"]["rows_out"]
     prompt, reply = (written["answer"]["stats"][name] / answers for name in ("prompt_tokens", "output_tokens"))
+    prompt /= 1 + config.answer.open_book_share * (config.serve.retrieval_passages - 1)  # that of one passage
     retrievals = 2 * settings.retrieval + bool(settings.embedding_model)
     passages = asked * (1 + retrievals * config.serve.retrieval_passages)
     replies = asked * (3 + retrievals + len(settings.baselines)) + 2 * others
@@ -151,8 +152,8 @@ def too_long(config: Config, base: BaseModel) -> Iterator[str]:
         needed = passages * config.chunk.max_tokens + prompt + reply
         if needed > config.model.max_model_len:
             yield (
-                f"model.max_model_len = {config.model.max_model_len} is too small: {passages} passage(s) of "
-                f"chunk.max_tokens = {config.chunk.max_tokens}, a prompt of {prompt} and {name}.max_tokens = {reply} "
+                f"model.max_model_len = {config.model.max_model_len} is too small: {passages} x chunk.max_tokens = "
+                f"{config.chunk.max_tokens} of passages, a prompt of {prompt} and {name}.max_tokens = {reply} "
                 f"take {needed}; raise it, or lower the others"
             )
 

@@ -391,8 +391,10 @@ def _known_words(words: set[str], passage: str) -> set[str]:
 
 def prompts_digest() -> str:
     """Change whenever any prompt changes: part of the settings of the stages that use them."""
-    chats = [question_chat("<passage>", "<heading>", kind, 0, "<focus>") for kind in QUESTION_KINDS]
-    return digest(json.dumps([chats, teacher_chat("<passage>", "<heading>", "<question>"), student_chat("<question>")]))
+    asking = [question_chat("<passage>", "<heading>", kind, 0, "<focus>") for kind in QUESTION_KINDS]
+    answering = [teacher_chat("<passage>", "<heading>", "<question>"), student_chat("<question>")]
+    retrieved = [{"heading": "<heading>", "text": "<passage>"}] * 2
+    return digest(json.dumps([asking, answering, retrieval_question(retrieved, "<question>", lambda _: True)]))
 
 
 def sentences(text: str) -> list[str]:

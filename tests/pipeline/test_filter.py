@@ -53,6 +53,13 @@ def test_reasons(text: str, finish_reason: str, reason: str | None) -> None:
     assert find_reasons(answers(("q", text, finish_reason)), QUESTIONS, PASSAGES, FilterSection()) == [reason]
 
 
+def test_what_an_open_book_answer_says_of_its_texts_is_kept() -> None:
+    """Its number may stand in another passage of its prompt."""
+    table = answers(("q", "The text does not say; the passage names 1999.", "stop"))
+    open_book = table.set_column(ANSWER.get_field_index("open_book"), "open_book", pa.array([True]))
+    assert find_reasons(open_book, QUESTIONS, PASSAGES, FilterSection()) == [None]
+
+
 def test_only_the_same_answer_to_the_same_question_is_a_duplicate() -> None:
     table = answers(("q", "In 1874.", "stop"), ("q", "in 1874", "stop"), ("r", "In 1874.", "stop"))
     assert find_reasons(table, QUESTIONS, PASSAGES, FilterSection()) == [None, "duplicate_answer", None]
