@@ -123,7 +123,7 @@ def write_config(folder: Path, size: Size, engines: int) -> Path:
         [publish]
         registry = "{folder}/registry"
         name = "chaos"
-        gate = {{ min_gap_closed = -9.0 }}
+        gate = {{ min_gap_closed = -9.0, max_retrieval_loss = 1.0, max_previous_loss = 1.0 }}
         [cluster]
         num_engines = {engines}
         engine_cpus = 1

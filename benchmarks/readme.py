@@ -39,10 +39,18 @@ def table() -> str:
         name = f"`{path.stem}`, {result['date']}{mark}"
         for claim in result["claims"]:
             met = "met" if claim["met"] else "**not met**"
-            figures = f"{_short(claim['value'])} | {_short(claim['aim'])}"
+            figures = f"{_short(claim['value'])} | {_sign(claim)}{_short(claim['aim'])}"
             lines.append(f"| {name} | {claim['name'].replace('_', ' ')} | {figures} | {met} |")
             name = ""
     return "\n".join([*lines, ""])
+
+
+def _sign(claim: dict[str, Any]) -> str:
+    """Say on which side of the aim the value should lie, as what was met tells; one that is the aim may be either."""
+    value, aim = claim["value"], claim["aim"]
+    if value is None or value == aim:
+        return ""
+    return "\u2265 " if (value > aim) == claim["met"] else "\u2264 "
 
 
 def _short(value: Any) -> str:

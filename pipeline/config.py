@@ -331,6 +331,10 @@ class Gate(Section):
     """Forgetting: most that its share of right answers to general questions may fall."""
     max_refusal_loss: float | None = Field(default=0.5, ge=0)
     """Most that its share of refusals may fall on questions that nobody can answer."""
+    max_retrieval_loss: float | None = Field(default=0.2, ge=0)
+    """Most that its score with retrieved passages may lie below that of the base model with them."""
+    max_previous_loss: float | None = Field(default=0.2, ge=0)
+    """Most that its score may lie below that of the version that clients have now."""
 
 
 class Publish(Section):

@@ -171,18 +171,19 @@ class NearQuestions:
 
 
 def count_trained_on(config: Config, questions: list[TestQuestion]) -> int:
-    """Return how many of the questions one that was trained on nearly repeats.
+    """Return how many of the questions one that was trained on, in the previous run or now, nearly repeats.
 
-    None, unless `evaluate.questions` changed after `filter`, which takes such answers out of training.
+    None, unless `evaluate.questions` changed after a `filter`, which takes such answers out of training.
     """
     texts = [question.question for question in questions]
     near = NearQuestions(HeldOut(frozenset(), texts, config.evaluate.near_duplicate_threshold))
-    kept, written = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
     repeated: set[int] = set()
-    for unit in kept.units():
-        ids = kept.read_unit(unit.name, ["question_id"])["question_id"].combine_chunks()
-        rows = written.read_unit(unit.name, ["question_id", "text"]).filter(pc.field("question_id").isin(ids))
-        repeated |= {index for text in rows["text"].to_pylist() for index in near.find(text)}
+    for run_dir in filter(None, (config.update.previous_run, config.run_dir)):
+        kept, written = Stage(run_dir, "filter", ANSWER), Stage(run_dir, "question", QUESTION)
+        for unit in kept.units():
+            ids = kept.read_unit(unit.name, ["question_id"])["question_id"].combine_chunks()
+            rows = written.read_unit(unit.name, ["question_id", "text"]).filter(pc.field("question_id").isin(ids))
+            repeated |= {index for text in rows["text"].to_pylist() for index in near.find(text)}
     return len(repeated)
 
 

@@ -93,8 +93,11 @@ def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
         for name in ("general_questions", "refusal")
     }
     failed = []
+    behind = {(row["arm"], row["over"]): -row["difference"] for row in evaluated.get("comparisons", [])}
+    retrieval, previous = behind.get(("adapter_retrieval", "retrieval")), behind.get(("adapter", "previous"))
     closed = evaluated.get("gap_closed")
-    if gate.min_gap_closed is not None and closed is not None and closed < gate.min_gap_closed:
+    # Negated, so that a NaN is below every threshold.
+    if gate.min_gap_closed is not None and closed is not None and not closed >= gate.min_gap_closed:
         failed.append(
             f"it closes {closed:.2f} of the gap, {gate.min_gap_closed - closed:.2f} less than min_gap_closed = "
             f"{gate.min_gap_closed}"
@@ -103,8 +106,10 @@ def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
         ("max_kl_to_base", "its KL to the base model on general prompts", lost.get("kl_to_base"), gate.max_kl_to_base),
         ("max_general_loss", "its fall on general questions", falls["general_questions"], gate.max_general_loss),
         ("max_refusal_loss", "its fall in refusals", falls["refusal"], gate.max_refusal_loss),
+        ("max_retrieval_loss", "its fall below the base model with retrieval", retrieval, gate.max_retrieval_loss),
+        ("max_previous_loss", "its fall below the version that clients have", previous, gate.max_previous_loss),
     ):
-        if most is not None and value is not None and value > most:
+        if most is not None and value is not None and not value <= most:
             failed.append(f"{what} is {value:.2f}, {value - most:.2f} more than {name} = {most}")
     return failed
 

@@ -81,7 +81,7 @@ def summarise(config: Config) -> dict[str, Any]:
     return {
         **{name: evaluation.get(name) for name in ("metric", "questions", "questions_from")},
         "scores": {arm: scores[arm] for arm in ARMS if arm in scores},
-        "gap_closed": evaluation.get("gap_closed"),
+        **{name: evaluation.get(name) for name in ("gap_closed", "gap_closed_interval")},
         **{name: evaluation.get(name) for name in ("kl_to_teacher", "kl_to_teacher_interval", "kl_comparisons")},
         "comparisons": evaluation.get("comparisons", []),
         "lost": evaluation.get("lost"),

@@ -91,7 +91,7 @@ def test_a_submitted_job_works_on_several_nodes() -> None:
             [publish]
             registry = "{bucket.uri("registry")}"
             name = "submitted"
-            gate = {{ min_gap_closed = -9.0 }}
+            gate = {{ min_gap_closed = -9.0, max_retrieval_loss = 1.0, max_previous_loss = 1.0 }}
             [cluster]
             num_engines = 2
             engine_cpus = 1

@@ -4,9 +4,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config, Evaluate
+from pipeline.config import Config, Evaluate, Update
 from pipeline.filter import AnswerFilter
 from pipeline.held_out import HeldOut, NearQuestions, count_trained_on, held_out_questions, hold_out, load_questions
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
@@ -74,13 +76,26 @@ def test_questions_that_nearly_repeat_an_asked_one_are_not_trained_on(config: Co
     assert "q07" not in stage.read_unit(UNIT)["question_id"].to_pylist()
 
 
-def test_what_training_saw_before_the_file_changed_is_counted(config: Config) -> None:
+def test_what_training_saw_before_the_file_changed_is_counted(config: Config, tmp_path: Path) -> None:
     filter_run(config)
     questions = ["How heavy is lens number 7, of Orrin?", "How old is the Kestrel Mill?"]
     asked = [held_out_questions(config)[0]._replace(question=text) for text in questions]
     exact = config.model_copy(update={"evaluate": Evaluate(near_duplicate_threshold=1.0)})
     assert count_trained_on(exact, asked) == 1
     assert count_trained_on(exact, held_out_questions(exact)) == 0
+    later = {"run_dir": str(tmp_path / "later"), "update": Update(previous_run=config.run_dir)}
+    assert count_trained_on(exact.model_copy(update=later), asked) == 1, "training goes on from what it saw"
+
+
+def test_what_was_answered_from_a_retrieval_prompt_is_no_measure(config: Config) -> None:
+    """It is not trained on either: an open-book question that is held out repeats itself."""
+    (path,) = Path(config.run_dir, "answer", "data").iterdir()
+    table = pq.read_table(path)
+    is_open = pa.array([True] * len(table))
+    pq.write_table(table.set_column(ANSWER.get_field_index("open_book"), ANSWER.field("open_book"), is_open), path)
+    reasons = Counter(filter_run(config).read_rejected()["reason"].to_pylist())
+    assert reasons["near_evaluation"] >= 4 and not reasons["held_out"]
+    assert held_out_questions(config) == []
 
 
 def test_near_questions_share_most_words() -> None:

@@ -16,8 +16,13 @@ GOOD: dict[str, Any] = {
         "general_questions": {"closed_book": 0.8, "adapter": 0.78},
         "refusal": {"closed_book": 0.3, "adapter": 0.2},
     },
+    "comparisons": [
+        {"arm": "adapter", "over": "previous", "difference": -0.05},
+        {"arm": "adapter_retrieval", "over": "retrieval", "difference": 0.1},
+    ],
 }
 GATE = Gate(min_gap_closed=0.3, max_kl_to_base=0.3, max_general_loss=0.1, max_refusal_loss=0.2)
+NAN = float("nan")
 
 
 def test_a_good_adapter_passes() -> None:
@@ -38,6 +43,16 @@ def test_a_good_adapter_passes() -> None:
             {"lost": GOOD["lost"] | {"refusal": {"closed_book": 0.5, "adapter": 0.0}}},
             "fall in refusals is 0.50, 0.30 more than max_refusal_loss = 0.2",
         ),
+        (
+            {"comparisons": [{"arm": "adapter_retrieval", "over": "retrieval", "difference": -0.5}]},
+            "below the base model with retrieval is 0.50, 0.30 more than max_retrieval_loss = 0.2",
+        ),
+        (
+            {"comparisons": [{"arm": "adapter", "over": "previous", "difference": -0.3}]},
+            "below the version that clients have is 0.30, 0.10 more than max_previous_loss = 0.2",
+        ),
+        ({"gap_closed": NAN}, "closes nan of the gap"),
+        ({"lost": GOOD["lost"] | {"kl_to_base": NAN}}, "nan more than max_kl_to_base"),
     ],
 )
 def test_a_broken_adapter_is_stopped_by_the_threshold_that_it_misses(change: dict[str, Any], message: str) -> None:

@@ -104,7 +104,7 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         [publish]
         registry = "{folder}/registry"
         name = "test"
-        gate = {{ min_gap_closed = -9.0 }}
+        gate = {{ min_gap_closed = -9.0, max_retrieval_loss = 1.0, max_previous_loss = 1.0 }}
         [cluster]
         kv_cache_gb = 1
         """
