@@ -135,7 +135,10 @@ def run_branch(
     Only the adapter is asked, and what it is compared with, unless the overrides have `evaluate.retrieval=true`.
     """
     run_dir, own = branch(path, overrides, name, seed)
-    return run_dir, run_pipeline("run", path, "evaluate.retrieval=false", *own, "evaluate.baselines=[]", *changes)
+    run = run_pipeline("run", path, "evaluate.retrieval=false", *own, "evaluate.baselines=[]", *changes)
+    if run["gap_closed"] is None:
+        sys.exit(f"{run_dir}: the gold passage is no help, so there is no gap to compare by; ask other questions")
+    return run_dir, run
 
 
 def load_written(path: str, overrides: Sequence[str]) -> Config:
