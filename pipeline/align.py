@@ -39,10 +39,10 @@ class TeacherPrompts:
             self._questions |= {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}
 
     def of(self, answers: pa.Table) -> list[np.ndarray]:
-        """Return the prompt of every answer; open-book ones, and general ones without a passage, have the student's."""
+        """Return the prompt of every answer; general answers have no passage, so theirs is the student's."""
         prompts = []
-        for row in answers.select(["passage_id", "question_id", "open_book", "prompt_ids"]).to_pylist():
-            if row["open_book"] or not row["passage_id"]:
+        for row in answers.select(["passage_id", "question_id", "prompt_ids"]).to_pylist():
+            if not row["passage_id"]:
                 prompts.append(np.asarray(row["prompt_ids"]))
                 continue
             passage = self._passages[row["passage_id"]]
@@ -51,12 +51,9 @@ class TeacherPrompts:
         return prompts
 
     def student_prompts(self, answers: pa.Table) -> list[list[int]]:
-        """Return what the student is asked for every answer; open-book ones as stored, which is not checked."""
         return [
-            row["prompt_ids"]
-            if row["open_book"]
-            else render_chat(self.tokenizer, student_chat(self._questions[row["question_id"]]))
-            for row in answers.select(["question_id", "open_book", "prompt_ids"]).to_pylist()
+            render_chat(self.tokenizer, student_chat(self._questions[question_id]))
+            for question_id in answers["question_id"].to_pylist()
         ]
 
 

@@ -2,13 +2,9 @@
 
 In: one shard of questions per unit, and the shard of passages it came from. Out: answers as flat Arrow arrays; prompts
 that do not fit are Rejected. Requests of a passage stand together, so that its prefix is computed once.
-A share of the questions is open-book: teacher and student both have the gold passage in their prompt, among others that
-retrieval finds, so that there is nothing to learn but to go on reading. None of these is asked closed-book, too: its
-answer would be known, and the passages would be left unread.
 """
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,23 +14,18 @@ from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config
 from pipeline.engine import Completion, Engine, render_chat
 from pipeline.previous import PreviousRun
-from pipeline.prompts import prompts_digest, retrieval_question, student_chat, teacher_chat
+from pipeline.prompts import prompts_digest, student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
-if TYPE_CHECKING:
-    from pipeline.retrieve import PassageIndex
-
 
 def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
     """Describe the stage; every unit needs the unit of the same name of the question stage."""
-    settings, retrieved = config.answer, config.serve.retrieval_passages
     return Job(
         Stage(config.run_dir, "answer", ANSWER),
         {
-            "answer": settings.model_dump(),
-            **({"retrieval_passages": retrieved} if settings.open_book_share else {}),
+            "answer": config.answer.model_dump(),
             "max_model_len": config.model.max_model_len,
             "model": base.identity(),
             "prompts": prompts_digest(),
@@ -42,51 +33,21 @@ def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
         },
         questions.units,
         AnswerWriter,
-        {
-            "run_dir": config.run_dir,
-            "settings": settings,
-            "previous_run": config.update.previous_run,
-            "retrieval_passages": retrieved,
-        },
+        {"run_dir": config.run_dir, "settings": config.answer, "previous_run": config.update.previous_run},
         config.max_reject_share,
     )
-
-
-class OpenBook(NamedTuple):
-    """Which questions are open-book, and the passages in their prompts."""
-
-    index: "PassageIndex"
-    share: float  # of the questions
-    count: int  # passages, the gold passage among them
-
-    def passages(self, question: dict[str, Any], passage: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return an open-book question's passages, best first, the gold one last if it was not found; of others []."""
-        if seed_of("open book", question["question_id"]) >= self.share * 2**32:
-            return []
-        found = [hit.passage for hit in self.index.search(question["text"], self.count)]
-        if passage["passage_id"] in {row["passage_id"] for row in found}:
-            return found
-        return [*found[: self.count - 1], passage]
 
 
 class AnswerWriter:
     """One unit is the questions about one shard of passages; those of a previous run keep theirs."""
 
-    def __init__(
-        self,
-        run_dir: str,
-        settings: AnswerSection,
-        retrieval_passages: int,
-        engine: Engine,
-        previous_run: str | None = None,
-    ) -> None:
+    def __init__(self, run_dir: str, settings: AnswerSection, engine: Engine, previous_run: str | None = None) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
         self._answers = Stage(run_dir, "answer", ANSWER)
         self._settings = settings
         self._engine = engine
         self._previous = PreviousRun(previous_run)
-        self._retrieval_passages = retrieval_passages
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
@@ -94,11 +55,9 @@ class AnswerWriter:
         # New ones, and those for whose prompts there was no room before.
         answered = pc.field("question_id").isin(kept["question_id"].combine_chunks())
         new = self._questions.read_unit(unit["name"]).filter(~answered)
-        share = self._settings.open_book_share
-        open_book = OpenBook(_index(self._passages), share, self._retrieval_passages) if share else None
         before = self._engine.stats
         written, rejected = answer_questions(
-            self._engine, {row["passage_id"]: row for row in passages}, new.to_pylist(), self._settings, open_book
+            self._engine, {row["passage_id"]: row for row in passages}, new.to_pylist(), self._settings
         )
         table = pa.concat_tables([kept, written])
         stats = self._engine.stats.since(before) | {
@@ -111,34 +70,18 @@ class AnswerWriter:
         )
 
 
-@lru_cache(1)
-def _index(chunk: Stage) -> "PassageIndex":
-    """Return an index of a run's passages, 8 kB of memory for each, for all units of it that come in a row."""
-    from pipeline.retrieve import PassageIndex
-
-    columns = ["passage_id", "heading", "text"]
-    return PassageIndex.build(pa.concat_tables([chunk.read_shard(shard, columns) for shard in chunk.shards()]))
-
-
 def answer_questions(
     engine: Engine,
     passages: dict[str, dict[str, Any]],
     questions: list[dict[str, Any]],
     settings: AnswerSection,
-    open_book: OpenBook | None = None,
 ) -> tuple[pa.Table, list[Rejected]]:
     """Answer every question `settings.per_question` times; return the ANSWER table and what did not fit."""
     room = engine.max_model_len - settings.max_tokens
     rows, prompts, rejected = [], [], []
     for question in questions:
-        passage, text = passages[question["passage_id"]], question["text"]
-        found = open_book.passages(question, passage) if open_book else []
-        if found:
-            prompt = render_chat(engine.tokenizer, student_chat(retrieval_question(found, text, lambda _: True)[0]))
-            student_prompt = prompt
-        else:
-            prompt = render_chat(engine.tokenizer, teacher_chat(passage["text"], passage["heading"], text))
-            student_prompt = render_chat(engine.tokenizer, student_chat(text))
+        passage = passages[question["passage_id"]]
+        prompt = render_chat(engine.tokenizer, teacher_chat(passage["text"], passage["heading"], question["text"]))
         for ordinal in range(settings.per_question):
             answer_id = answer_id_of(question["question_id"], ordinal, settings)
             if len(prompt) > room:
@@ -146,10 +89,11 @@ def answer_questions(
                     Rejected("answer", answer_id, "too_long", f"prompt of {len(prompt)} tokens, room for {room}")
                 )
                 continue
-            rows.append(Asked(answer_id, question["question_id"], question["passage_id"], student_prompt, bool(found)))
+            student_prompt = render_chat(engine.tokenizer, student_chat(question["text"]))
+            rows.append((answer_id, question["question_id"], question["passage_id"], student_prompt))
             prompts.append(prompt)
     completions = engine.complete(
-        prompts, seed_of(settings.seed, *(row.answer_id for row in rows)), settings, settings.max_tokens, settings.top_k
+        prompts, seed_of(settings.seed, *(row[0] for row in rows)), settings, settings.max_tokens, settings.top_k
     )
     return answer_table(rows, completions), rejected
 
@@ -159,18 +103,8 @@ def answer_id_of(question_id: str, ordinal: int, settings: AnswerSection) -> str
     return digest(question_id, ordinal, settings.seed)
 
 
-class Asked(NamedTuple):
-    """What is known of an answer before it is written."""
-
-    answer_id: str
-    question_id: str
-    passage_id: str
-    prompt_ids: list[int]  # the student's
-    open_book: bool = False
-
-
-def answer_table(rows: list[Asked], completions: list[Completion]) -> pa.Table:
-    """Build the ANSWER table of what was asked and what was answered."""
+def answer_table(rows: list[tuple[str, str, str, list[int]]], completions: list[Completion]) -> pa.Table:
+    """Build the ANSWER table; a row is an answer's id, its question's, its passage's, and the student's prompt."""
 
     def ragged(arrays: list[np.ndarray], kind: Any) -> pa.Array:
         offsets = np.cumsum([0, *(array.size for array in arrays)], dtype=np.int32)
@@ -178,13 +112,10 @@ def answer_table(rows: list[Asked], completions: list[Completion]) -> pa.Table:
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(kind)))
 
     columns = [
-        [row.answer_id for row in rows],
-        [row.question_id for row in rows],
-        [row.passage_id for row in rows],
+        *([row[column] for row in rows] for column in range(3)),
         [completion.text.strip() for completion in completions],
         [completion.finish_reason for completion in completions],
-        [row.open_book for row in rows],
-        ragged([np.asarray(row.prompt_ids) for row in rows], np.int32),
+        ragged([np.asarray(prompt) for *_, prompt in rows], np.int32),
         ragged([completion.token_ids for completion in completions], np.int32),
         ragged([completion.topk_ids for completion in completions], np.int32),
         ragged([completion.topk_logprobs for completion in completions], np.float16),

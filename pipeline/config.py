@@ -150,10 +150,6 @@ class AnswerSection(Sampling):
     """Teacher log-probabilities stored for each answer token."""
     max_tokens: int = Field(default=128, ge=1)
     """Longest answer."""
-    open_book_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the questions that teacher and student both get with `serve.retrieval_passages` passages in the prompt,
-    the gold passage among others that BM25 finds: on these the student goes on reading as the base model does. An
-    update keeps those of its previous run. The prompts are long: `train.row_tokens` should hold one."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature; 0 is greedy. The stored log-probabilities are always those of temperature 1."""
     seed: int = 0
@@ -390,8 +386,10 @@ class Serve(Section):
     alias_seconds: float = Field(default=2, gt=0, le=10)
     """How long the registry's names, aliases and keys are remembered: a moved alias takes effect this soon."""
     retrieval_passages: int = Field(default=3, ge=1, le=20)
-    """Passages in the prompt of a request with `"retrieval": true`, of the evaluation's retrieval arms and of open-book
-    questions."""
+    """Passages in the prompt of a request with `"retrieval": true`, and of the evaluation's retrieval arms."""
+    retrieval_model: Literal["better", "adapter", "base"] = "better"
+    """Who answers a request with `"retrieval"`: the adapter, the base model, or the one of them that scored better with
+    retrieved passages when the adapter was evaluated."""
     auto_min_score: float = Field(default=0.2, ge=0, le=1)
     """Share of the question's weight that a passage must hold for `model: "auto"` to choose its corpus."""
 

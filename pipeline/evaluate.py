@@ -248,10 +248,9 @@ def _write_answers(config: Config, stage: Stage, replies: Replies, points: Point
 
 
 def _taught(config: Config, passages: set[str]) -> dict[str, list[dict[str, str]]]:
-    """Return what was learnt closed-book about these passages: passage id -> question and answer."""
+    """Return what was trained on about these passages: passage id -> question and answer."""
     kept, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
-    rows = rows_where(kept, ["passage_id", "question_id", "text", "open_book"], "passage_id", passages)
-    rows = [row for row in rows if not row["open_book"]]
+    rows = rows_where(kept, ["passage_id", "question_id", "text"], "passage_id", passages)
     texts = by_id(rows_where(questions, ["question_id", "text"], "question_id", values_of(rows, "question_id")))
     taught: dict[str, list[dict[str, str]]] = {}
     for row in rows:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
@@ -71,17 +70,15 @@ class AnswerFilter:
         texts = {row["question_id"]: row["text"] for row in self._question.read_unit(unit["name"]).to_pylist()}
         answers = self._answers.read_unit(unit["name"])
         reasons = find_reasons(answers, texts, passages, self._settings)
-        is_open = answers["open_book"].to_pylist()
         for index, question_id in enumerate(answers["question_id"].to_pylist()):
-            # The answer to an open-book question is one from a retrieval prompt: no measure for the others.
-            if reasons[index] is None and question_id in self._held_out.ids and not is_open[index]:
+            if reasons[index] is None and question_id in self._held_out.ids:
                 reasons[index] = "held_out"
             elif reasons[index] is None and self._near.holds(texts[question_id]):
                 reasons[index] = "near_evaluation"
         if (least := self._settings.min_initial_kl) is not None:
             from pipeline.student import shared_scorer
 
-            kept = np.flatnonzero([reason is None and not is_open[index] for index, reason in enumerate(reasons)])
+            kept = np.flatnonzero([reason is None for reason in reasons])
             for index, kl in zip(kept, shared_scorer(self._config).initial_kl(answers.take(kept)), strict=True):
                 if kl < least:
                     reasons[index] = "nothing_to_learn"
@@ -93,9 +90,8 @@ class AnswerFilter:
             )
             if reason is not None
         ]
-        closed_book = kept_answers.filter(~pc.field("open_book"))
         return self._filtered.commit(
-            unit["name"], [kept_answers], rejected, answers.num_rows, measure_coverage(passages, texts, closed_book)
+            unit["name"], [kept_answers], rejected, answers.num_rows, measure_coverage(passages, texts, kept_answers)
         )
 
 
@@ -105,7 +101,7 @@ def find_reasons(
     """Return for every answer why it is rejected, or None; `questions` maps ids to texts, `passages` ids to rows."""
     seen: set[tuple[str, str]] = set()
     reasons: list[REASONS | None] = []
-    columns = ("question_id", "passage_id", "text", "finish_reason", "open_book")
+    columns = ("question_id", "passage_id", "text", "finish_reason")
     for row in answers.select(columns).to_pylist():
         key = (row["question_id"], normalise(row["text"]))
         passage = passages[row["passage_id"]]
@@ -115,7 +111,7 @@ def find_reasons(
     return reasons
 
 
-def _reason(row: dict[str, Any], question: str, passage: str, settings: FilterSection, is_seen: bool) -> REASONS | None:
+def _reason(row: dict[str, str], question: str, passage: str, settings: FilterSection, is_seen: bool) -> REASONS | None:
     text = normalise(row["text"])
     if not text:
         return "empty"
@@ -123,8 +119,6 @@ def _reason(row: dict[str, Any], question: str, passage: str, settings: FilterSe
         return "unfinished"
     if text == normalise(question):
         return "echoes_question"
-    if row["open_book"]:  # what it says of the texts in its prompt is the base model's way, to be kept
-        return "duplicate_answer" if is_seen else None
     if settings.reject_leak_phrases and speaks_of_text(row["text"]):
         return "leak_phrase"
     if settings.reject_invented_numbers and invents_number(row["text"], f"{passage}\n{question}"):

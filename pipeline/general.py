@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.answer import Asked, answer_table, tail_mass
+from pipeline.answer import answer_table, tail_mass
 from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
@@ -63,16 +63,17 @@ class GeneralWriter:
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         engine, settings, before = self._engine, self._settings, self._engine.stats
         sampled = self._sample_prompts(unit["name"], SPARE * unit["count"])
-        rows, rejected = [], []
+        rows: list[tuple[str, str, str, list[int]]] = []
+        rejected = []
         for ordinal, (prompt, reason) in enumerate(zip(sampled, reasons_against(sampled, unit["count"]), strict=True)):
             prompt_id = digest("general", unit["name"], ordinal, settings.seed)
             text = prompt.text.strip()
             if reason:
                 rejected.append(Rejected("general", prompt_id, reason, text[:200]))
             else:
-                rows.append(Asked(prompt_id, prompt_id, "", render_chat(engine.tokenizer, student_chat(text))))
+                rows.append((prompt_id, prompt_id, "", render_chat(engine.tokenizer, student_chat(text))))
         replies = engine.complete(
-            [row.prompt_ids for row in rows],
+            [prompt for *_, prompt in rows],
             seed_of("general answers", unit["name"], settings.seed),
             settings,
             settings.max_tokens,
@@ -134,9 +135,9 @@ class ForgottenWriter:
         rows = []
         for question in questions.to_pylist():
             prompt = render_chat(engine.tokenizer, student_chat(question["text"]))
-            rows.append(Asked(digest(FORGOTTEN, question["question_id"]), question["question_id"], "", prompt))
+            rows.append((digest(FORGOTTEN, question["question_id"]), question["question_id"], "", prompt))
         replies = engine.complete(
-            [row.prompt_ids for row in rows],
+            [prompt for *_, prompt in rows],
             seed_of(FORGOTTEN, unit["name"], settings.seed),
             settings,
             settings.max_tokens,

@@ -62,8 +62,7 @@ def _record_probe(config: Config, model: Any) -> Probe:
 
     answers, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
     unit = next(unit.name for unit in answers.units() if unit.rows_out)
-    rows = answers.read_unit(unit, ["question_id", "open_book", "prompt_ids"])
-    asked = rows.sort_by("open_book").slice(0, PROBE_QUESTIONS).to_pylist()  # a wrong adapter can read, too
+    asked = answers.read_unit(unit).select(["question_id", "prompt_ids"]).slice(0, PROBE_QUESTIONS).to_pylist()
     texts = {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}
     prompts = [row["prompt_ids"] for row in asked]
     replies = greedy_replies(model, prompts, PROBE_TOKENS)

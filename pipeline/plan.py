@@ -119,7 +119,6 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
     others = len(general_questions()) + len(read_questions("evaluate.unrelated", settings.unrelated))
     answers = written["answer"]["rows_out"]
     prompt, reply = (written["answer"]["stats"][name] / answers for name in ("prompt_tokens", "output_tokens"))
-    prompt /= 1 + config.answer.open_book_share * (config.serve.retrieval_passages - 1)  # that of one passage
     retrievals = 2 * settings.retrieval + bool(settings.embedding_model)
     passages = asked * (1 + retrievals * config.serve.retrieval_passages)
     replies = asked * (3 + retrievals + len(settings.baselines)) + 2 * others
@@ -143,18 +142,17 @@ def too_long(config: Config, base: BaseModel) -> Iterator[str]:
     """Say where the longest passage, its prompt without heading and question, and the reply exceed the context."""
     tokenizer = load_tokenizer(base.path)
     asking = [question_chat("", "", kind, config.question.per_call, "") for kind in config.question.kinds]
-    retrieved = config.serve.retrieval_passages if config.answer.open_book_share else 1
-    for name, chats, reply, passages in (
-        ("question", asking, config.question.max_tokens, 1),
-        ("answer", [teacher_chat("", "", "")], config.answer.max_tokens, retrieved),
+    for name, chats, reply in (
+        ("question", asking, config.question.max_tokens),
+        ("answer", [teacher_chat("", "", "")], config.answer.max_tokens),
     ):
         prompt = max(len(render_chat(tokenizer, chat)) for chat in chats)
-        needed = passages * config.chunk.max_tokens + prompt + reply
+        needed = config.chunk.max_tokens + prompt + reply
         if needed > config.model.max_model_len:
             yield (
-                f"model.max_model_len = {config.model.max_model_len} is too small: {passages} x chunk.max_tokens = "
-                f"{config.chunk.max_tokens} of passages, a prompt of {prompt} and {name}.max_tokens = {reply} "
-                f"take {needed}; raise it, or lower the others"
+                f"model.max_model_len = {config.model.max_model_len} is too small: a passage of chunk.max_tokens = "
+                f"{config.chunk.max_tokens}, a prompt of {prompt} and {name}.max_tokens = {reply} take {needed}; raise "
+                "it, or lower the others"
             )
 
 

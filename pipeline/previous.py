@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, digest
-from pipeline.store import FORMAT, Folder, Stage, require_line
+from pipeline.store import Folder, Stage, require_line
 
 CACHED_UNITS = 4
 IDS = ("question_id", "answer_id")
@@ -113,7 +113,6 @@ def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:
     answer, *_ = require_line([Stage(run_dir, name, ANSWER) for name in ("answer", "filter", "train")])
     wrote, adapter, lora = answer["settings"], adapter_of(run_dir).read_json("adapter_config.json"), config.train.lora
     for name, was, now in (
-        ("the format of its folder", wrote["format"], FORMAT),
         *((f"{name} of its base model", wrote["model"][name], value) for name, value in base.identity().items()),
         ("answer.top_k", wrote["answer"]["top_k"], config.answer.top_k),
         ("train.lora.rank", adapter["r"], lora.rank),

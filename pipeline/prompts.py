@@ -391,10 +391,8 @@ def _known_words(words: set[str], passage: str) -> set[str]:
 
 def prompts_digest() -> str:
     """Change whenever any prompt changes: part of the settings of the stages that use them."""
-    asking = [question_chat("<passage>", "<heading>", kind, 0, "<focus>") for kind in QUESTION_KINDS]
-    answering = [teacher_chat("<passage>", "<heading>", "<question>"), student_chat("<question>")]
-    retrieved = [{"heading": "<heading>", "text": "<passage>"}] * 2
-    return digest(json.dumps([asking, answering, retrieval_question(retrieved, "<question>", lambda _: True)]))
+    chats = [question_chat("<passage>", "<heading>", kind, 0, "<focus>") for kind in QUESTION_KINDS]
+    return digest(json.dumps([chats, teacher_chat("<passage>", "<heading>", "<question>"), student_chat("<question>")]))
 
 
 def sentences(text: str) -> list[str]:

@@ -131,8 +131,7 @@ class Answer:
     passage_id: str
     text: str
     finish_reason: str  # "stop": the last of `answer_ids` is the end-of-turn token; "length": cut off
-    open_book: bool  # the student has the teacher's prompt, with retrieved passages
-    prompt_ids: list[int]  # the student's prompt, as a rule without the passage
+    prompt_ids: list[int]  # the student's prompt, without the passage
     answer_ids: list[int]
     topk_ids: list[int]
     topk_logprobs: list[float]  # natural log, temperature 1
@@ -145,7 +144,6 @@ ANSWER = pa.schema(
         ("passage_id", pa.string()),
         ("text", pa.string()),
         ("finish_reason", pa.string()),
-        ("open_book", pa.bool_()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("answer_ids", pa.list_(pa.int32())),
         ("topk_ids", pa.list_(pa.int32())),

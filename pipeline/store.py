@@ -35,7 +35,7 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_
 
 from pipeline.schema import REJECTED, Rejected, digest, to_table
 
-FORMAT = 2  # of a run directory; raise it when a folder that older code wrote cannot be gone on with
+FORMAT = 1  # of a run directory; raise it when a folder that older code wrote cannot be gone on with
 PROGRESS_S = 5.0  # between two reports of work that takes long
 READERS = 16  # requests for units' JSON at a time: a bucket takes tens of milliseconds for each
 SPLIT = "topk_logprobs.list.element"  # Parquet's name of the column that takes the most room

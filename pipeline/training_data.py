@@ -88,6 +88,6 @@ def text_samples(passages: pa.Table, tokenizer: Any) -> pa.Table:
         rows.append(
             {"prompt_ids": [first], "answer_ids": others, "topk_ids": [], "topk_logprobs": [], "text": text}
             | dict.fromkeys(("answer_id", "question_id", "passage_id"), passage["passage_id"])
-            | {"finish_reason": "length", "open_book": False}
+            | {"finish_reason": "length"}
         )
     return pa.Table.from_pylist([row for row in rows if row["answer_ids"]], ANSWER)

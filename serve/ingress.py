@@ -79,7 +79,7 @@ class Ingress(OpenAiIngress):
         version = await self._version(body.model, caller, question, extra)
         retrieval = (body.model_extra or {}).get("retrieval")
         if retrieval and not (body.model == AUTO and version is None):
-            await self._add_passages(body, version, question, retrieval, extra)
+            version = await self._add_passages(body, version, question, retrieval, extra)
         body.model = version.model_id if version else self._base
         return await self._respond(body, "chat", caller, extra)
 
@@ -166,10 +166,11 @@ class Ingress(OpenAiIngress):
 
     async def _add_passages(
         self, body: ChatCompletionRequest, version: Version | None, question: str | None, k: Any, extra: dict[str, Any]
-    ) -> None:
-        """Put the best passages of the adapter's own corpus before the question, as the teacher saw them.
+    ) -> Version | None:
+        """Put the best passages of the adapter's own corpus before the question, and return who is to read them.
 
-        As many as fit: room stays for the reply that the client allows, else for as long an answer as was trained on.
+        They stand as the teacher saw them, as many as fit: room stays for the reply that the client allows, else for as
+        long an answer as was trained on.
         """
         k = self._settings.retrieval_passages if k is True else k
         if not isinstance(k, int) or not 1 <= k <= 20:
@@ -185,6 +186,17 @@ class Ingress(OpenAiIngress):
             {**{key: hit.passage[key] for key in ("source", "heading", "text")}, "score": round(hit.score, 3)}
             for hit in hits[:count]
         ]
+        return await self._reader(version)
+
+    async def _reader(self, version: Version) -> Version | None:
+        """Return who reads the passages of a version's corpus: the version, or None for the base model."""
+        if self._settings.retrieval_model != "better":
+            return version if self._settings.retrieval_model == "adapter" else None
+        manifest = await asyncio.to_thread(self._manifest, version)
+        scores, metric = manifest["scores"], manifest["metric"]
+        if not {"adapter_retrieval", "retrieval"} <= scores.keys():
+            return version
+        return version if scores["adapter_retrieval"][metric] >= scores["retrieval"][metric] else None
 
     def _fits(self, earlier: list[dict[str, Any]], reply_tokens: int, asked: str) -> bool:
         """Say whether the question has room behind the texts of earlier messages, and a reply behind it."""

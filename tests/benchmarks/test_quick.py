@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.record import ROOT, write_once
-from pipeline.answer import Asked, answer_table
+from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
 from pipeline.engine import Completion, load_tokenizer, render_chat
 from pipeline.prompts import student_chat
@@ -76,7 +76,7 @@ def write_stages(run_dir: Path) -> None:
         text = f"The mill in question has {question.question_id} wheels, and all of them turn."
         ids = np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
         prompt = render_chat(tokenizer, student_chat(question.text))
-        rows.append(Asked(f"a-{question.question_id}", question.question_id, question.passage_id, prompt))
+        rows.append((f"a-{question.question_id}", question.question_id, question.passage_id, prompt))
         topk = np.sort(-rng.exponential(3, (len(ids), TOP_K)))[:, ::-1]
         completions.append(Completion(text, "stop", ids, rng.integers(0, 49152, topk.shape), topk - 2))
     answers = answer_table(rows, completions)

@@ -18,7 +18,6 @@ def answers(*rows: tuple[str, str, str]) -> pa.Table:
                 "passage_id": "p",
                 "text": text,
                 "finish_reason": finish_reason,
-                "open_book": False,
                 "prompt_ids": [1],
                 "answer_ids": [2],
                 "topk_ids": [2],
@@ -51,13 +50,6 @@ PASSAGES = {"p": {"heading": "Mills of 1880", "text": "Rosa Lindqvist built the 
 )
 def test_reasons(text: str, finish_reason: str, reason: str | None) -> None:
     assert find_reasons(answers(("q", text, finish_reason)), QUESTIONS, PASSAGES, FilterSection()) == [reason]
-
-
-def test_what_an_open_book_answer_says_of_its_texts_is_kept() -> None:
-    """Its number may stand in another passage of its prompt."""
-    table = answers(("q", "The text does not say; the passage names 1999.", "stop"))
-    open_book = table.set_column(ANSWER.get_field_index("open_book"), "open_book", pa.array([True]))
-    assert find_reasons(open_book, QUESTIONS, PASSAGES, FilterSection()) == [None]
 
 
 def test_only_the_same_answer_to_the_same_question_is_a_duplicate() -> None:

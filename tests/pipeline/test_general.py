@@ -43,8 +43,7 @@ def test_a_prompt_for_measuring_is_not_trained_on(tmp_path: Path) -> None:
     stage.open({})
     for unit, prompts in (("000000", [[1, 2], [3]]), (HELD_OUT, [[3], [4]])):
         rows = [
-            {"prompt_ids": prompt, "open_book": False, "answer_ids": [9], "topk_ids": [9], "topk_logprobs": [0.0]}
-            for prompt in prompts
+            {"prompt_ids": prompt, "answer_ids": [9], "topk_ids": [9], "topk_logprobs": [0.0]} for prompt in prompts
         ]
         texts = dict.fromkeys(("answer_id", "question_id", "passage_id", "text", "finish_reason"), "")
         table = pa.Table.from_pylist([row | texts for row in rows], ANSWER)

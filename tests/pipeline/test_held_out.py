@@ -4,8 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config, Evaluate, Update
@@ -85,17 +83,6 @@ def test_what_training_saw_before_the_file_changed_is_counted(config: Config, tm
     assert count_trained_on(exact, held_out_questions(exact)) == 0
     later = {"run_dir": str(tmp_path / "later"), "update": Update(previous_run=config.run_dir)}
     assert count_trained_on(exact.model_copy(update=later), asked) == 1, "training goes on from what it saw"
-
-
-def test_what_was_answered_from_a_retrieval_prompt_is_no_measure(config: Config) -> None:
-    """It is not trained on either: an open-book question that is held out repeats itself."""
-    (path,) = Path(config.run_dir, "answer", "data").iterdir()
-    table = pq.read_table(path)
-    is_open = pa.array([True] * len(table))
-    pq.write_table(table.set_column(ANSWER.get_field_index("open_book"), ANSWER.field("open_book"), is_open), path)
-    reasons = Counter(filter_run(config).read_rejected()["reason"].to_pylist())
-    assert reasons["near_evaluation"] >= 4 and not reasons["held_out"]
-    assert held_out_questions(config) == []
 
 
 def test_near_questions_share_most_words() -> None:

@@ -19,8 +19,7 @@ def write_run(run_dir: str) -> None:
     questions = [Question(f"q{i}{j}", f"p{i}", "fact", f"What is mill {i}, {j}?") for i in range(3) for j in range(2)]
     answers = [
         {"answer_id": f"a{q.question_id}", "question_id": q.question_id, "passage_id": q.passage_id, "text": "a mill"}
-        | {"finish_reason": "stop", "open_book": False}
-        | {"prompt_ids": [1], "answer_ids": [2], "topk_ids": [2], "topk_logprobs": [0.0]}
+        | {"finish_reason": "stop", "prompt_ids": [1], "answer_ids": [2], "topk_ids": [2], "topk_logprobs": [0.0]}
         for q in questions
     ]
     write_stages(

@@ -80,7 +80,6 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         [answer]
         top_k = 8
         max_tokens = 32
-        open_book_share = 0.4
         [filter]
         keep_unfinished = true
         reject_invented_numbers = false
@@ -219,19 +218,6 @@ def test_stored_answers_are_whole(finished: tuple[Path, dict, Path]) -> None:
         assert tokens and len(row["topk_ids"]) == len(row["topk_logprobs"]) == 8 * tokens
         by_token = [row["topk_logprobs"][i : i + 8] for i in range(0, 8 * tokens, 8)]
         assert all(values == sorted(values, reverse=True) and values[0] <= 0 for values in by_token)
-
-
-def test_the_student_sees_the_passage_of_open_book_questions_alone(finished: tuple[Path, dict, Path]) -> None:
-    folder, _, config = finished
-    answers, passages = (Stage(str(folder / "run"), name, SCHEMAS[name]) for name in ("answer", "chunk"))
-    read = (row for shard in passages.shards() for row in passages.read_shard(shard).to_pylist())
-    texts = {row["passage_id"]: row["text"] for row in read}
-    tokenizer = load_tokenizer(load_config(config).model.path)
-    is_open = set()
-    for row in (row for shard in answers.shards() for row in answers.read_shard(shard).to_pylist()):
-        assert (texts[row["passage_id"]] in tokenizer.decode(row["prompt_ids"])) == row["open_book"]
-        is_open.add(row["open_book"])
-    assert is_open == {False, True}
 
 
 def test_general_prompts_begin_with_the_first_words(finished: tuple[Path, dict, Path]) -> None:

@@ -29,6 +29,7 @@ from pipeline.base_model import load_base_model
 from pipeline.engine import load_tokenizer
 from pipeline.publish import move_alias, write_version
 from pipeline.retrieve import PassageIndex
+from pipeline.schema import digest
 from serve.access import add_key
 from serve.registry import Registry
 from serve.server import TIE_NATS
@@ -258,9 +259,8 @@ def test_a_moved_alias_takes_effect_without_a_failed_or_stale_answer(
     move_alias(registry.folder / "dora", old.version)
 
 
-def test_as_many_passages_as_fit_stand_before_the_question(
-    client: openai.OpenAI, published: Published, tmp_path: Path
-) -> None:
+def publish_mills(published: Published, tmp_path: Path, **scores: dict[str, float]) -> str:
+    """Publish the adapter `ada` as `mills`, with passages and scores by arm; return its version."""
     texts = [
         f"The Kestrel Mill on the River Arden was built by the miller number {i}. {'It turns. ' * 20}" for i in range(9)
     ]
@@ -270,9 +270,30 @@ def test_as_many_passages_as_fit_stand_before_the_question(
     files = ("adapter_model.safetensors", "adapter_config.json")
     contents: dict[str, Any] = {f: (published.registry.folder / "ada" / ada.version).read_bytes(f) for f in files}
     contents |= {f"retrieval/{file.name}": file.read_bytes() for file in tmp_path.iterdir()}
-    mills = published.registry.folder / "mills"
-    write_version(mills, ada.version, load_base_model(str(MODEL)), contents, probe=None)
-    move_alias(mills, ada.version)
+    version = digest("mills", scores)[:16]
+    mills, measured = published.registry.folder / "mills", {"scores": scores, "metric": "substring_match"}
+    write_version(mills, version, load_base_model(str(MODEL)), contents, probe=None, measured=measured)
+    move_alias(mills, version)
+    return version
+
+
+@pytest.mark.parametrize("adapter_score", [0.4, 0.6])
+def test_passages_are_read_by_the_one_that_reads_them_better(
+    client: openai.OpenAI, published: Published, tmp_path: Path, adapter_score: float
+) -> None:
+    scores = {"adapter_retrieval": {"substring_match": adapter_score}, "retrieval": {"substring_match": 0.5}}
+    mills = f"mills@{publish_mills(published, tmp_path, **scores)}"
+    asked: Any = {"model": mills, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2}
+    assert client.chat.completions.create(**asked).model == mills
+    reply = client.chat.completions.create(**asked, extra_body={"retrieval": 1})
+    assert reply.model == (mills if adapter_score > 0.5 else BASE_NAME)
+    assert len((reply.model_extra or {})["distillery"]["sources"]) == 1
+
+
+def test_as_many_passages_as_fit_stand_before_the_question(
+    client: openai.OpenAI, published: Published, tmp_path: Path
+) -> None:
+    publish_mills(published, tmp_path)
 
     def sources(retrieval: int, *earlier: Any) -> list[str]:
         messages: Any = [{"role": "user", "content": text} for text in (*earlier, QUESTION)]
