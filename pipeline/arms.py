@@ -51,6 +51,7 @@ class Replies(NamedTuple):
     grades: dict[str, list[bool | None]]  # of a judge, if there is one
     general: dict[str, list[str]]  # to the shipped general questions, by closed_book and adapter
     unrelated: dict[str, list[str]]
+    reading: dict[str, list[str]]  # to the unrelated questions with their passages in the prompt
 
 
 def general_questions() -> list[dict[str, Any]]:
@@ -102,8 +103,8 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     def fits(asked: str) -> bool:
         return len(render_chat(engine.tokenizer, student_chat(asked))) + settings.max_tokens <= engine.max_model_len
 
-    def with_passages(passages: list[list[dict[str, Any]]]) -> list[Any]:
-        pairs = zip(questions, passages, strict=True)
+    def with_passages(passages: list[list[dict[str, Any]]], asked: list[TestQuestion] = questions) -> list[Any]:
+        pairs = zip(asked, passages, strict=True)
         return [student_chat(retrieval_question(found, q.question, fits)[0]) for q, found in pairs]
 
     contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
@@ -120,6 +121,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     general = [student_chat(row["question"]) for row in general_questions()]
     short = min(GENERAL_TOKENS, settings.max_tokens)
     others = [student_chat(question.question) for question in task.unrelated]
+    reading = with_passages([[{"heading": "", "text": q.context}] for q in task.unrelated], task.unrelated)
     with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
         local = {arm: source.copy_to(f"{folder}/{arm}") for arm, source in task.adapters.items()}
         both = (("closed_book", None), ("adapter", local["adapter"]))
@@ -150,6 +152,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
             grades,
             {arm: [reply.text for reply in ask(general, path, short)] for arm, path in both},
             {arm: [reply.text for reply in ask(others, path)] for arm, path in both},
+            {arm: [reply.text for reply in ask(reading, path)] for arm, path in both},
         )
 
 

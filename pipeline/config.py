@@ -301,7 +301,8 @@ class Evaluate(Section):
     baselines: list[Literal["sft", "raw_text"]] = []
     """Adapters to train for comparison: on the same answers with hard labels, and on the passages' raw text."""
     unrelated: Location | None = None
-    """JSONL like `questions` about other matters, to see what the adapter does to them."""
+    """JSONL like `questions` about other matters, to see what the adapter does to them, without their passages and with
+    them in the prompt."""
     retrieval: bool = True
     """Ask with the passages that BM25 finds in the prompt, too; these are the longest prompts."""
     embedding_model: Location | None = None

@@ -209,14 +209,17 @@ def score_replies(replies: Replies) -> Points:
 def _lost(replies: Replies, unrelated: list[TestQuestion], settings: Evaluate) -> dict[str, Any]:
     """What the base model could do and the adapter cannot: shares of right answers, and of refusals where none is."""
     rows = general_questions()
-    right, refused, other = ({}, {}, {})
+    right, refused = ({}, {})
     for arm, said in replies.general.items():
         pairs = list(zip(rows, said, strict=True))
         right[arm] = [float(substring_match(text, row["answers"])) for row, text in pairs if row["answers"]]
         refused[arm] = [float(declines(text)) for row, text in pairs if not row["answers"]]
-    for arm, said in replies.unrelated.items():
-        other[arm] = [float(substring_match(text, q.answers)) for text, q in zip(said, unrelated, strict=True)]
-    named = {"general_questions": right, "refusal": refused} | ({"unrelated": other} if unrelated else {})
+    named = {"general_questions": right, "refusal": refused}
+    for name, arms in (("unrelated", replies.unrelated), ("reading", replies.reading)) if unrelated else ():
+        named[name] = {
+            arm: [float(substring_match(text, q.answers)) for text, q in zip(said, unrelated, strict=True)]
+            for arm, said in arms.items()
+        }
     return {name: _before_and_after(points, settings) for name, points in named.items()}
 
 

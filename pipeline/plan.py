@@ -116,12 +116,12 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
     tokens = np.asarray([[one["prompt_tokens"] - one["cached_tokens"], one["output_tokens"]] for one in stats])
     (per_read, per_written), _ = nnls(tokens, np.asarray([one["engine_seconds"] for one in stats]))
     asked = len(load_questions(settings)) or min(settings.held_out, int(num_questions) // 10)
-    others = len(general_questions()) + len(read_questions("evaluate.unrelated", settings.unrelated))
+    unrelated = len(read_questions("evaluate.unrelated", settings.unrelated))
     answers = written["answer"]["rows_out"]
     prompt, reply = (written["answer"]["stats"][name] / answers for name in ("prompt_tokens", "output_tokens"))
     retrievals = 2 * settings.retrieval + bool(settings.embedding_model)
-    passages = asked * (1 + retrievals * config.serve.retrieval_passages)
-    replies = asked * (3 + retrievals + len(settings.baselines)) + 2 * others
+    passages = asked * (1 + retrievals * config.serve.retrieval_passages) + 2 * unrelated
+    replies = asked * (3 + retrievals + len(settings.baselines)) + 2 * (len(general_questions()) + 2 * unrelated)
     return per_read * prompt * passages + per_written * reply * replies
 
 

@@ -59,6 +59,12 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         "context": DOCUMENTS["mill.md"],
     }
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    unrelated = {
+        "question": "Which colour is the gate of Tarn?",
+        "answers": ["blue"],
+        "context": "The gate of Tarn is blue.",
+    }
+    (folder / "unrelated.jsonl").write_text(json.dumps(unrelated) + "\n")
     config = folder / "config.toml"
     config.write_text(
         f"""
@@ -97,6 +103,7 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         first_words = ["Name a river"]
         [evaluate]
         questions = "{folder}/questions.jsonl"
+        unrelated = "{folder}/unrelated.jsonl"
         max_tokens = 8
         baselines = ["raw_text"]
         judge = {{ max_tokens = 32 }}
@@ -185,7 +192,9 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
         assert scores["judge_unparsable"] in (0, 1)
     baseline = Stage(str(folder / "run"), "baseline-raw_text", ANSWER).require()["training"]
     assert baseline["last_loss"] < baseline["first_loss"]
-    assert result["lost"]["kl_to_base"] > 0 and result["lost"]["general_questions"]["count"] == 64
+    lost = result["lost"]
+    assert lost["kl_to_base"] > 0 and lost["general_questions"]["count"] == 64
+    assert lost["unrelated"]["closed_book"] < lost["reading"]["closed_book"], "the passage names the colour"
     counts = result["counts"]
     assert counts["documents"] == counts["passages"] == 2
     assert counts["questions"] > 0 and counts["answers"] > 0
