@@ -85,18 +85,16 @@ class GeneralWriter:
 
     def _answer(self, asked: dict[str, str], seed: int) -> pa.Table:
         """Answer prompts, given by id."""
-        engine, settings = self._engine, self._settings
-        prompts = [render_chat(engine.tokenizer, student_chat(text)) for text in asked.values()]
-        replies = engine.complete(prompts, seed, settings, settings.max_tokens, self._top_k)
-        return answer_table([(name, name, "", ids) for name, ids in zip(asked, prompts, strict=True)], replies)
+        rows = [(prompt_id, prompt_id, text) for prompt_id, text in asked.items()]
+        return _answer_alone(self._engine, rows, seed, self._settings, self._top_k)
 
     def _behind_texts(self, asked: dict[str, str], answers: list[str], unit_name: str) -> dict[str, str]:
         """Put answers before every prompt, its own and others in any order, as retrieved passages would stand there."""
-        engine, settings = self._engine, self._settings
+        settings = self._settings
         chance = random.Random(seed_of("general texts", unit_name, settings.seed))
 
         def fits(text: str) -> bool:
-            return len(render_chat(engine.tokenizer, student_chat(text))) + settings.max_tokens <= engine.max_model_len
+            return self._engine.fits(student_chat(text), settings.max_tokens)
 
         again = {}
         for own, (prompt_id, text) in zip(answers, asked.items(), strict=True):
@@ -153,24 +151,26 @@ class ForgottenWriter:
         self._engine = engine
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
-        engine, settings, before = self._engine, self._settings, self._engine.stats
+        settings, before = self._settings, self._engine.stats
         passages = self._passages.read_shard(f"{unit['name']}.parquet")
         gone = pa.array([row["passage_id"] for row in passages.to_pylist() if not self._now.holds(row)], pa.string())
         questions = self._questions.read_unit(unit["name"]).filter(pc.field("passage_id").isin(gone))
-        rows = []
-        for question in questions.to_pylist():
-            prompt = render_chat(engine.tokenizer, student_chat(question["text"]))
-            rows.append((digest(FORGOTTEN, question["question_id"]), question["question_id"], "", prompt))
-        replies = engine.complete(
-            [prompt for *_, prompt in rows],
-            seed_of(FORGOTTEN, unit["name"], settings.seed),
-            settings,
-            settings.max_tokens,
-            settings.top_k,
-        )
-        return self._stage.commit(
-            unit["name"], [answer_table(rows, replies)], [], len(rows), engine.stats.since(before)
-        )
+        rows = [
+            (digest(FORGOTTEN, row["question_id"]), row["question_id"], row["text"]) for row in questions.to_pylist()
+        ]
+        seed = seed_of(FORGOTTEN, unit["name"], settings.seed)
+        table = _answer_alone(self._engine, rows, seed, settings, settings.top_k)
+        return self._stage.commit(unit["name"], [table], [], len(rows), self._engine.stats.since(before))
+
+
+def _answer_alone(
+    engine: Engine, rows: list[tuple[str, str, str]], seed: int, settings: AnswerSection | General, top_k: int
+) -> pa.Table:
+    """Let the base model answer prompts without a passage; a row is an answer's id, its question's, and the prompt."""
+    prompts = [render_chat(engine.tokenizer, student_chat(text)) for *_, text in rows]
+    replies = engine.complete(prompts, seed, settings, settings.max_tokens, top_k)
+    asked = [(answer_id, of, "", ids) for (answer_id, of, _), ids in zip(rows, prompts, strict=True)]
+    return answer_table(asked, replies)
 
 
 def reasons_against(prompts: Sequence[Completion], count: int) -> list[REASONS | None]:

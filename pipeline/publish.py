@@ -96,7 +96,7 @@ def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
     behind = {(row["arm"], row["over"]): -row["difference"] for row in evaluated.get("comparisons", [])}
     retrieval, previous = behind.get(("adapter_retrieval", "retrieval")), behind.get(("adapter", "previous"))
     closed = evaluated.get("gap_closed")
-    # Negated, so that a NaN is below every threshold.
+    # Negated, so that a NaN meets no threshold.
     if gate.min_gap_closed is not None and closed is not None and not closed >= gate.min_gap_closed:
         failed.append(
             f"it closes {closed:.2f} of the gap, {gate.min_gap_closed - closed:.2f} less than min_gap_closed = "
