@@ -1,9 +1,9 @@
-"""The README's table of measured figures, made from `benchmarks/results/`.
+"""The table of measured figures, made from `benchmarks/results/`.
 
     python -m benchmarks.readme
 
-In: the result files. Out: README.md with one row for every figure that was asked for, met or not. A test holds that the
-two agree.
+In: the result files. Out: benchmarks/README.md with one row for every figure that was asked for, met or not. A test
+holds that the two agree.
 """
 
 import json
@@ -12,21 +12,21 @@ from typing import Any
 
 from benchmarks.record import ROOT
 
+README = ROOT / "benchmarks" / "README.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- end of measured -->"
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 
 def with_table(readme: str) -> str:
-    """Return the README with the table as the result files have it."""
+    """Return `readme` with the table as the result files have it."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md has no place for the table; put {BEGIN} and {END} where it belongs")
+        raise ValueError(f"{README} has no place for the table; put {BEGIN} and {END} where it belongs")
     return f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import with_table
+from benchmarks.readme import README, with_table
 from benchmarks.record import ROOT, describe_run
 from tests.conftest import make_config
 
 
 def test_the_readme_shows_the_recorded_figures() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
     assert with_table(readme) == readme, "run: python -m benchmarks.readme"
 
 
