@@ -85,7 +85,8 @@ class AnswerData:
         return answer_tokens, answer_tokens + int(self._prompt_tokens[indices].sum()) - len(indices)
 
     def take(self, indices: Sequence[int]) -> pa.Table:
-        return self.table.take(pa.array(indices, pa.int64()))
+        # Row by row: `Table.take` would first copy all chunks of a list column into one.
+        return pa.concat_tables([ANSWER.empty_table(), *(self.table.slice(index, 1) for index in indices)])
 
     def _find_opening(self) -> int:
         """Return the `common_opening` of all samples."""

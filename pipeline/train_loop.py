@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -86,6 +87,8 @@ class TrainLoop:
             settings.seed,
             self.data.opening,
         )
+        trained_on = list(chain.from_iterable(chain.from_iterable(self.plan)))
+        self.tokens_per_step = self.data.count_tokens(trained_on)[0] / max(1, len(self.plan))
         torch.manual_seed(self.settings.seed)
         model = self._load_model(config, base)
         if self.settings.gradient_checkpointing:
@@ -197,8 +200,9 @@ class TrainLoop:
             rows = mine[number * self.settings.micro_rows : (number + 1) * self.settings.micro_rows]
             packed, signal = self._micro_batch(rows)
             losses = self.engine(packed, signal)
-            # DeepSpeed averages over workers and accumulation steps; the mean over the step's tokens is what counts.
-            self.engine.backward(losses.sum() * (self.world * self.micro_batches / answer_tokens))
+            # DeepSpeed averages over workers and accumulation steps. Every answer token of the run weighs the same: a
+            # long sample, which has a step for itself, would weigh ten times as much by the mean over its step.
+            self.engine.backward(losses.sum() * (self.world * self.micro_batches / self.tokens_per_step))
             self.engine.step()
             total += losses.detach().sum()
         if self.world > 1:
