@@ -163,9 +163,6 @@ class General(Sampling):
     """Prompts to train on: on these the student keeps the base model's answers; 0 leaves them out."""
     share: float = Field(default=0.2, ge=0, lt=1)
     """Share of these among the samples of every epoch."""
-    reading_texts: int = Field(default=0, ge=0, le=20)
-    """Every prompt to train on is asked a second time, behind so many general answers, its own among them: on these the
-    student goes on reading what it is given as the base model does; 0 leaves them out."""
     held_out: int = Field(default=64, ge=0)
     """Prompts to measure forgetting with; never trained on."""
     first_words: list[str] = Field(

@@ -3,11 +3,9 @@
 In: the base model. Out: answers without a passage, with the base model's own top-k. It writes the prompts itself: given
 the chat template up to a user's first words, an instruct model goes on with others (Magpie, Xu et al. 2024). Training
 mixes them in, so that the student stays the base model where the corpus has no say; the unit `held-out` is for
-measuring how far it moved. Prompts to train on can be asked again with texts before them, so that it goes on reading.
-Where a corpus lost passages, the questions about them are answered likewise.
+measuring how far it moved. Where a corpus lost passages, the questions about them are answered likewise.
 """
 
-import random
 from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import Any
@@ -20,7 +18,7 @@ from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
 from pipeline.previous import PreviousRun, previous_settings
-from pipeline.prompts import normalise, retrieval_question, student_chat
+from pipeline.prompts import normalise, student_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
@@ -65,7 +63,7 @@ class GeneralWriter:
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         settings, before = self._settings, self._engine.stats
         sampled = self._sample_prompts(unit["name"], SPARE * unit["count"])
-        asked: dict[str, str] = {}
+        rows: list[tuple[str, str, str]] = []
         rejected = []
         for ordinal, (prompt, reason) in enumerate(zip(sampled, reasons_against(sampled, unit["count"]), strict=True)):
             prompt_id = digest("general", unit["name"], ordinal, settings.seed)
@@ -73,38 +71,11 @@ class GeneralWriter:
             if reason:
                 rejected.append(Rejected("general", prompt_id, reason, text[:200]))
             else:
-                asked[prompt_id] = text
-        table = self._answer(asked, seed_of("general answers", unit["name"], settings.seed))
-        again = {}
-        if settings.reading_texts and unit["name"] != HELD_OUT:
-            again = self._behind_texts(asked, table["text"].to_pylist(), unit["name"])
-            read = self._answer(again, seed_of("general reading", unit["name"], settings.seed))
-            table = pa.concat_tables([table, read])
+                rows.append((prompt_id, prompt_id, text))
+        seed = seed_of("general answers", unit["name"], settings.seed)
+        table = _answer_alone(self._engine, rows, seed, settings, self._top_k)
         stats = self._engine.stats.since(before) | {"tail_mass_sum": float(tail_mass(table, self._top_k).sum())}
-        return self._stage.commit(unit["name"], [table], rejected, len(sampled) + len(again), stats)
-
-    def _answer(self, asked: dict[str, str], seed: int) -> pa.Table:
-        """Answer prompts, given by id."""
-        rows = [(prompt_id, prompt_id, text) for prompt_id, text in asked.items()]
-        return _answer_alone(self._engine, rows, seed, self._settings, self._top_k)
-
-    def _behind_texts(self, asked: dict[str, str], answers: list[str], unit_name: str) -> dict[str, str]:
-        """Put answers before every prompt, its own and others in any order, as retrieved passages would stand there."""
-        settings = self._settings
-        chance = random.Random(seed_of("general texts", unit_name, settings.seed))
-
-        def fits(text: str) -> bool:
-            return self._engine.fits(student_chat(text), settings.max_tokens)
-
-        again = {}
-        for own, (prompt_id, text) in zip(answers, asked.items(), strict=True):
-            texts = chance.sample(answers, min(settings.reading_texts, len(answers)))
-            if own not in texts:
-                texts[chance.randrange(len(texts))] = own
-            again[digest("reading", prompt_id)] = retrieval_question(
-                [{"heading": "", "text": answer} for answer in texts], text, fits
-            )[0]
-        return again
+        return self._stage.commit(unit["name"], [table], rejected, len(sampled), stats)
 
     def _sample_prompts(self, unit_name: str, count: int) -> list[Completion]:
         """Return prompts as the model completes them, their first words included."""

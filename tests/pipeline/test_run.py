@@ -101,7 +101,6 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         held_out = 4
         max_tokens = 24
         first_words = ["Name a river"]
-        reading_texts = 2
         [evaluate]
         questions = "{folder}/questions.jsonl"
         unrelated = "{folder}/unrelated.jsonl"
@@ -230,21 +229,12 @@ def test_stored_answers_are_whole(finished: tuple[Path, dict, Path]) -> None:
         assert all(values == sorted(values, reverse=True) and values[0] <= 0 for values in by_token)
 
 
-def test_general_prompts_begin_with_the_first_words_and_are_asked_again_behind_texts(
-    finished: tuple[Path, dict, Path],
-) -> None:
+def test_general_prompts_begin_with_the_first_words(finished: tuple[Path, dict, Path]) -> None:
     folder, _, config = finished
     general = Stage(str(folder / "run"), "general", ANSWER)
-    rows = [row for shard in general.shards() for row in general.read_shard(shard).to_pylist()]
+    prompts = [row["prompt_ids"] for shard in general.shards() for row in general.read_shard(shard).to_pylist()]
     tokenizer = load_tokenizer(load_config(config).model.path)
-    prompts = [tokenizer.decode(row["prompt_ids"]) for row in rows]
-    again = [prompt for prompt in prompts if "Question: Name a river" in prompt]
-    once = {prompt for prompt in prompts if "user\nName a river" in prompt}
-    assert again and len(again) + len(once) == len(prompts)
-    asked = [prompt.partition("Question: ")[2] for prompt in again]
-    answers = {prompt.partition("user\n")[2]: row["text"] for prompt, row in zip(prompts, rows, strict=True)}
-    assert all(answers[text] in prompt for text, prompt in zip(asked, again, strict=True)), "its own is among them"
-    assert len(again) == len(once) - general.read_unit("held-out").num_rows, "all but those for measuring"
+    assert prompts and all("user\nName a river" in tokenizer.decode(ids) for ids in prompts)
 
 
 def test_the_published_version_is_whole_and_immutable(finished: tuple[Path, dict, Path]) -> None:
