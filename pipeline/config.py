@@ -220,6 +220,8 @@ class Lora(Section):
     """Scale numerator; unset: twice the rank, as the paper."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers that it adapts, by the end of their names, as PEFT takes them; all-linear: all but the output."""
 
 
 class Train(Section):
@@ -362,8 +364,8 @@ class Serve(Section):
     """Largest rank of an adapter; smaller ones take as much room in a slot."""
     max_adapter_mb: int = Field(default=2048, ge=1)
     """Largest adapter, and largest retrieval index, in MiB."""
-    cache_dir: Location = os.path.join(tempfile.gettempdir(), "corpus-distillery")
-    """Local folder for the copies of adapters."""
+    cache_dir: Location = os.path.join(tempfile.gettempdir(), f"corpus-distillery-{os.getuid()}")
+    """Local folder for the copies of adapters, where nobody else can write."""
     preload: list[str] = []
     """Adapters that a replica loads before it takes traffic."""
     min_replicas: int = Field(default=1, ge=0)
@@ -379,7 +381,8 @@ class Serve(Section):
     max_queued: int = Field(default=256, ge=1)
     """Requests that may wait for a replica; above it clients get 503 with Retry-After."""
     max_requests_per_key: int = Field(default=64, ge=1)
-    """Requests that one API key may have in work or waiting, so that others' wait is bounded; above it 429."""
+    """Answers that one API key may have in work or waiting, so that others' wait is bounded; above it 429. A request
+    makes `n` for each of its prompts, and one that makes more than this gets 400, with a key and without."""
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body, in KiB; above it 413."""
     request_timeout_s: float = Field(default=120, gt=0)

@@ -35,12 +35,12 @@ def load_base(path: str, dtype: str | None = None) -> Any:
 
 
 def add_adapter(base: Any, lora: Lora, base_name: str) -> PeftModel:
-    """Put a fresh adapter on every linear layer but the output; in bf16, its fp32 master copy is the optimiser's."""
+    """Put a fresh adapter on the model's linear layers; in bf16, its fp32 master copy is the optimiser's."""
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
         lora_dropout=lora.dropout,
-        target_modules="all-linear",
+        target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
     model: Any = get_peft_model(base, config, autocast_adapter_dtype=False).to(base.dtype)
