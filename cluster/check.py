@@ -1,10 +1,12 @@
 """Config -> what a run asks of a cluster, and what is missing there, before anything starts.
 
 In: a TOML file and a running cluster. Out: one finding per line; no line means that the run can start. Tasks on the
-nodes look at what only they see: the model's folder, the GPUs' memory, and whether the buckets can be written.
+nodes look at what only they see: the model's folder, the GPUs' memory, and whether run directory and registry are the
+same place for all of them.
 """
 
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
-from pipeline.resources import demands, loaded_bytes, model_fits, unmet
+from pipeline.resources import demands, has_labels, loaded_bytes, model_fits, unmet
 from pipeline.stage import CODE, NOT_CODE
 from pipeline.store import Folder
 
@@ -37,15 +39,14 @@ def check(config: Config, address: str | None) -> list[str]:
         for demand in demands(config):
             print(f"{demand.stage}: {demand.count} x {demand.bundle}", file=sys.stderr)
             found.append(unmet(demand, nodes))
-        seen = {node["NodeManagerAddress"]: _on(node, _look, config.model.path) for node in nodes}
-        for place, looking in seen.items():
-            view: Any = ray.get(looking)
+        for node, view in zip(nodes, ray.get([_on(node, _look, config.model.path) for node in nodes]), strict=True):
             if view["weight_bytes"] is None:
+                place = node["NodeManagerAddress"]
                 found.append(f"node {place} has no model at model.path = {config.model.path!r}; put it there")
-            elif view["gpu_bytes"]:
+            elif view["gpu_bytes"] and any(has_labels(node["Labels"], demand.labels) for demand in demands(config)):
                 found.append(model_fits(config, view["weight_bytes"], view["gpu_bytes"]))
         for field, uri in (("run_dir", config.run_dir), ("publish.registry", config.publish.registry)):
-            found.append(ray.get(_on(nodes[-1], _try_to_write, field, uri)))
+            found += _is_shared(nodes, field, uri)
         return list(dict.fromkeys(finding for finding in found if finding))
     finally:
         ray.shutdown()
@@ -67,10 +68,35 @@ def _look(model: str) -> dict[str, int | None]:
     }
 
 
-def _try_to_write(field: str, uri: str) -> str | None:
-    folder = Folder(uri)
+def _is_shared(nodes: list[dict[str, Any]], field: str, uri: str) -> list[str]:
+    """Write a file from the last node and look for it from all of them; return what is wrong."""
+    name = f"check-{uuid.uuid4().hex}"
+    if error := ray.get(_on(nodes[-1], _write, uri, name)):
+        return [f"{field} = {uri!r} cannot be written from a node ({error}); give the nodes rights, or another place"]
+    seen = ray.get([_on(node, _sees, uri, name) for node in nodes])
+    ray.get(_on(nodes[-1], _delete, uri, name))
+    return [
+        f"node {node['NodeManagerAddress']} does not see what another one wrote to {field} = {uri!r}; give a bucket, "
+        "or a folder that all nodes share"
+        for node, sees in zip(nodes, seen, strict=True)
+        if not sees
+    ]
+
+
+def _write(uri: str, name: str) -> str | None:
     try:
-        folder.try_to_write()
+        Folder(uri).write_bytes(name, b"check")
     except (OSError, ValueError) as error:
-        return f"{field} = {folder} cannot be written from a node ({error}); give the nodes rights, or another place"
+        return str(error)
     return None
+
+
+def _sees(uri: str, name: str) -> bool:
+    try:
+        return Folder(uri).read_bytes(name) == b"check"
+    except OSError:
+        return False
+
+
+def _delete(uri: str, name: str) -> None:
+    Folder(uri).delete_file(name)

@@ -59,12 +59,13 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
 
         return {name: read_status(config) for name, config in configs.items()}
     from pipeline.base_model import load_base_model
-    from pipeline.resources import refuse_small_machine
+    from pipeline.resources import demands, refuse_small_machine
     from pipeline.stage import attempt, ray_session
 
     base = load_base_model(next(iter(configs.values())).model.path)
     if command in ("run", "plan"):
-        refuse_small_machine(next(iter(configs.values())))
+        first = next(iter(configs.values()))
+        refuse_small_machine(first.cluster, demands(first))
     results = {name: attempt(partial(_prepare, config, command)) for name, config in configs.items()}
     with ray_session():
         for stage in STAGES if command == "run" else (command,):

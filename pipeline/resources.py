@@ -7,6 +7,7 @@ per stage that needs more than a core, and, against the nodes that exist, one se
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,12 +90,12 @@ def this_machine(cluster: Cluster) -> dict[str, Any]:
     return {"Resources": resources, "Labels": {}}
 
 
-def refuse_small_machine(config: Config) -> None:
-    """Raise ValueError if a local Ray has too little for a stage, and would wait for the rest in silence."""
-    if cluster_address(config.cluster):
+def refuse_small_machine(cluster: Cluster, demanded: Sequence[Demand]) -> None:
+    """Raise ValueError if a local Ray has too little for what is demanded, and would wait for the rest in silence."""
+    if cluster_address(cluster):
         return
-    machine = [this_machine(config.cluster)]
-    if missing := [text for demand in demands(config) if (text := unmet(demand, machine))]:
+    machine = [this_machine(cluster)]
+    if missing := [text for demand in demanded if (text := unmet(demand, machine))]:
         raise ValueError("\n".join(missing))
 
 

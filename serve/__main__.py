@@ -22,8 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         from pipeline.base_model import load_base_model
+        from pipeline.resources import demands, refuse_small_machine
 
-        load_base_model(config.model.path)
+        base = load_base_model(config.model.path)
+        refuse_small_machine(config.cluster, [demands(config)[0]._replace(stage="serve")])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         start_ray(config.cluster)
         serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="EveryNode")
         serve.run(build_app(config), name="distillery")
-        names = [version.name for version in Registry(config.publish.registry).live()]
+        names = [version.name for version in Registry(config.publish.registry).live(base.revision)]
         print(f"serving {model_name(config)} and {len(names)} adapters on http://{settings.host}:{settings.port}")
         print(f'ask one: python -m serve.ask {names[0] if names else model_name(config)} "QUESTION"', flush=True)
         try:

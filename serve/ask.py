@@ -1,7 +1,7 @@
 """`python -m serve.ask NAME "question"`: ask a running endpoint, with OpenAI's own client.
 
 NAME is an adapter, an exact version (name@version), the base model, or `auto`. The answer goes to stdout as it comes;
-the sources and the adapter that `auto` chose go to stderr.
+behind it, the sources and the adapter that `auto` chose go to stderr.
 """
 
 import argparse
@@ -17,9 +17,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("question")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the endpoint")
     parser.add_argument("--retrieval", type=int, default=0, metavar="K", help="put K passages of its corpus before it")
+    parser.add_argument("--key", default=os.environ.get("DISTILLERY_API_KEY", "none"), help="else DISTILLERY_API_KEY")
     parser.add_argument("--max-tokens", type=int, default=256)
     options = parser.parse_args(arguments)
-    client = openai.OpenAI(base_url=f"{options.url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    client = openai.OpenAI(base_url=f"{options.url}/v1", api_key=options.key)
+    extra: dict[str, object] = {}
     try:
         stream = client.chat.completions.create(
             model=options.name,
@@ -32,12 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         for chunk in stream:
             for choice in chunk.choices:
                 print(choice.delta.content or "", end="", flush=True)
-            for name, value in ((chunk.model_extra or {}).get("distillery") or {}).items():
-                print(f"\n{name}: {value}", file=sys.stderr)
+            extra |= (chunk.model_extra or {}).get("distillery") or {}
     except openai.OpenAIError as error:
         print(f"error: {getattr(error, 'message', error)}", file=sys.stderr)
         return 2
-    print()
+    print(flush=True)
+    for name, value in extra.items():
+        print(f"{name}: {value}", file=sys.stderr)
     return 0
 
 

@@ -98,5 +98,8 @@ def _on_failure(request: Request, error: Any) -> Response:
         return _error(503, "timeout", "No answer in time; ask again.")
     if isinstance(getattr(error, "cause", None), VLLM_FATAL_ERRORS):
         return _on_busy(request, error)
+    if isinstance(error, OSError):
+        log.warning("%s %s: the registry cannot be read: %s", request.method, request.url.path, error)
+        return _on_busy(request, error)
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return _error(500, "internal_error", "Something went wrong on our side; the log says what.")

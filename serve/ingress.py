@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import ray
-from cachetools import TTLCache, cached
+from cachetools import LRUCache, TTLCache, cached
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from jinja2 import TemplateError
@@ -68,6 +68,7 @@ class Ingress(OpenAiIngress):
         self._corpora = Corpora(self._registry, settings.max_adapter_mb << 20)
         self._searching = ThreadPoolExecutor(SEARCHES, "search")
         self._remembered: TTLCache[Any, Any] = TTLCache(10_000, settings.alias_seconds)
+        self._last: LRUCache[Any, Any] = LRUCache(10_000)
         self._manifest = cached(TTLCache(10_000, MANIFEST_SECONDS), lock=Lock())(self._registry.manifest)
         self._active: Counter[str] = Counter()
 
@@ -112,7 +113,10 @@ class Ingress(OpenAiIngress):
         """The state of every adapter on every replica: what is loaded where, and why something is not."""
         caller = await self._caller(request)
         server = self._default_serve_handles[self._base]
-        replicas = await asyncio.to_thread(broadcast, server, "adapter_states")
+        try:
+            replicas = await asyncio.to_thread(broadcast, server, "adapter_states")
+        except TimeoutError:  # with serve.min_replicas = 0 there may be none
+            replicas = []
         for replica in replicas:
             states = replica["adapters"].items()
             replica["adapters"] = {name: s for name, s in states if caller.may_use(name.partition("@")[0])}
@@ -209,10 +213,12 @@ class Ingress(OpenAiIngress):
 
     async def _in_corpora(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it in threads of its own: while an index is built, others' aliases and keys are still looked up."""
-        return await asyncio.get_running_loop().run_in_executor(self._searching, function, *arguments)
+        async with asyncio.timeout(self._settings.request_timeout_s):
+            return await asyncio.get_running_loop().run_in_executor(self._searching, function, *arguments)
 
     async def _live(self) -> list[Version]:
-        return await self._remember("live", self._registry.live)
+        """Return what can be served: a registry may hold adapters of other base models as well."""
+        return await self._remember("live", self._registry.live, self._base_card["metadata"]["base_revision"])
 
     def _card(self, version: Version) -> dict[str, Any] | None:
         try:
@@ -233,9 +239,18 @@ class Ingress(OpenAiIngress):
         }
 
     async def _remember(self, key: Any, read: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what was read within `serve.alias_seconds`, else read it; while storage fails, what was last read."""
         found = self._remembered.get(key, self)
-        if found is self:
-            found = self._remembered[key] = await asyncio.to_thread(read, *arguments)
+        if found is not self:
+            return found
+        try:
+            found = await asyncio.to_thread(read, *arguments)
+        except OSError as error:
+            if key not in self._last:
+                raise
+            log.warning("the registry cannot be read, what it said last holds: %s", error)
+            found = self._last[key]
+        self._remembered[key] = self._last[key] = found
         return found
 
     async def _respond(
@@ -251,10 +266,12 @@ class Ingress(OpenAiIngress):
 
     async def _answer(self, body: Any, call: str, caller: Caller) -> AsyncGenerator[Any, None]:
         """Yield what the replica yields; a caller's share of the endpoint is counted while it does."""
-        most = self._settings.max_requests_per_key
-        if caller != ANYONE and self._active[caller.id] >= most:
-            raise Refused(429, "rate_limit_exceeded", f"This key has {most} requests in work; wait for one of them.")
-        self._active[caller.id] += 1
+        most, count = self._settings.max_requests_per_key, _count_answers(body)
+        if count > most:
+            raise Refused(400, "too_many_answers", f"The request asks for {count} answers; {most} are given at a time.")
+        if caller != ANYONE and self._active[caller.id] + count > most:
+            raise Refused(429, "rate_limit_exceeded", f"This key may have {most} answers in work; wait for one.")
+        self._active[caller.id] += count
         try:
             for attempt in range(1, ATTEMPTS + 1):
                 started = False
@@ -274,7 +291,7 @@ class Ingress(OpenAiIngress):
                     if started or attempt == ATTEMPTS:
                         raise
         finally:
-            self._active[caller.id] -= 1
+            self._active[caller.id] -= count
 
     def _get_configured_serve_handle(self, model_id: str) -> DeploymentHandle:
         """Route an adapter's requests to the replicas that have it; the base model's go anywhere."""
@@ -308,25 +325,28 @@ async def _events(
     first: Any, rest: AsyncGenerator[Any, None], model: str, extra: dict[str, Any]
 ) -> AsyncGenerator[str, None]:
     """Join a stream's batches of server-sent events; what went wrong in the middle becomes an event too."""
-    done = "data: [DONE]\n\n"
-    tail = ""
-    if extra:
-        chunk = {"id": "distillery", "object": "chat.completion.chunk", "created": 0, "model": model, "choices": []}
-        tail = f"data: {json.dumps(chunk | {'distillery': extra})}\n\n"
 
     def text(batch: Any) -> str:
-        return ("".join(batch) if isinstance(batch, list) else batch).replace(done, tail + done)
+        return "".join(batch) if isinstance(batch, list) else batch
 
     try:
-        yield text(first)
+        yield _with_extra(text(first), extra)
         async for batch in rest:
             yield text(batch)
     except Exception as error:
         log.warning("a stream of %s ended early: %s", model, type(error).__name__)
         message = error.message if isinstance(error, Refused) else "The replica stopped; ask again."
-        yield f"data: {json.dumps(error_body(503, 'service_unavailable', message))}\n\n{done}"
+        yield f"data: {json.dumps(error_body(503, 'service_unavailable', message))}\n\ndata: [DONE]\n\n"
     finally:
         await rest.aclose()
+
+
+def _with_extra(events: str, extra: dict[str, Any]) -> str:
+    """Put what we add to a stream into its first event: one of its own would have no choices, which clients expect."""
+    if not extra:
+        return events
+    event, end, others = events.removeprefix("data: ").partition("\n\n")
+    return f"data: {json.dumps(json.loads(event) | {'distillery': extra})}{end}{others}"
 
 
 def _refusal(error: ErrorResponse) -> Refused:
@@ -342,9 +362,16 @@ def _refuse_prompt_logprobs(body: Any) -> None:
     With `echo`, vLLM takes the number of the answer's log-probabilities for the prompt, and zero is one; a chat has
     zero unasked.
     """
-    is_echoed = getattr(body, "echo", False) and (isinstance(body, ChatCompletionRequest) or body.logprobs is not None)
-    if getattr(body, "prompt_logprobs", None) is not None or is_echoed:
+    is_echoed = body.echo and (isinstance(body, ChatCompletionRequest) or body.logprobs is not None)
+    if body.prompt_logprobs is not None or is_echoed:
         raise Refused(400, "unsupported", "Log-probabilities of the prompt are not served.")
+
+
+def _count_answers(body: Any) -> int:
+    """Return how many answers a request makes the engine work on: `n` for each of its prompts."""
+    prompt = getattr(body, "prompt", None)
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return prompts * (body.n or 1)
 
 
 def _text_of(message: dict[str, Any]) -> str:
@@ -354,6 +381,9 @@ def _text_of(message: dict[str, Any]) -> str:
 
 
 def _last_question(body: ChatCompletionRequest) -> str | None:
+    """Return the text of the last message, None if it holds something else as well."""
     message: Any = body.messages[-1] if body.messages else {}
-    content = message.get("content") if isinstance(message, dict) else None
-    return content if isinstance(content, str) else None
+    content = message.get("content")
+    if isinstance(content, list) and any(part.get("type") != "text" for part in content):
+        return None
+    return _text_of(message)

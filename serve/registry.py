@@ -55,10 +55,25 @@ class Registry:
 
     def __init__(self, uri: str) -> None:
         self.folder = Folder(uri)
+        self._bases: dict[Version, str] = {}
 
-    def live(self) -> list[Version]:
-        """Return the live version of every name that has one, sorted by name."""
-        return [Version(name, alias["version"]) for name, alias in self._live_aliases()]
+    def live(self, base_revision: str | None = None) -> list[Version]:
+        """Return the live version of every name that has one, or of those trained on a base model, sorted by name."""
+        live = [Version(name, alias["version"]) for name, alias in self._live_aliases()]
+        if base_revision is None:
+            return live
+        with ThreadPoolExecutor(16) as pool:
+            bases = list(pool.map(self._base_revision, live))
+        return [version for version, base in zip(live, bases, strict=True) if base == base_revision]
+
+    def _base_revision(self, version: Version) -> str | None:
+        """Return that of the model that a version was trained on, which is kept; None if its manifest is broken."""
+        if version not in self._bases:
+            try:
+                self._bases[version] = self.manifest(version)["base_revision"]
+            except Refused:
+                return None
+        return self._bases[version]
 
     def pinned(self) -> list[Version]:
         """Return the live versions of pinned names, sorted by name."""

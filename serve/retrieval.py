@@ -27,6 +27,8 @@ class Corpora:
         self._registry = registry
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        self._routing = threading.Lock()  # an index over all corpora takes its time; one corpus is searched meanwhile
+        self._passages: dict[Version, pa.Table | None] = {}
         self._indexes: LRUCache[Version, PassageIndex] = LRUCache(INDEXES_IN_MEMORY)
         self._routed: frozenset[Version] = frozenset()
         self._routes: PassageIndex | None = None
@@ -45,7 +47,7 @@ class Corpora:
         self, question: str, versions: frozenset[Version], allowed: frozenset[str]
     ) -> tuple[Version, float] | None:
         """Return the live version whose best passage fits the question best, and the score; None if none fits."""
-        with self._lock:
+        with self._routing:
             if versions != self._routed:
                 self._routes, self._routed = self._build_routes(versions), versions
             index = self._routes
@@ -53,18 +55,22 @@ class Corpora:
         return next(((Version(hit.passage["name"], hit.passage["version"]), hit.score) for hit in hits), None)
 
     def _build_routes(self, versions: frozenset[Version]) -> PassageIndex | None:
-        tables = []
-        for version in sorted(versions):
-            try:
-                folder = self._fetch(version, {PASSAGES})
-            except Refused:
-                continue  # published without passages: it can be named, not found
-            passages = pq.read_table(folder / PASSAGES, columns=["heading", "text"])
-            shutil.rmtree(folder)
-            for column, value in version._asdict().items():
-                passages = passages.append_column(column, pa.array([value] * len(passages), pa.string()))
-            tables.append(passages)
+        known = self._passages
+        self._passages = {version: known[version] if version in known else self._read(version) for version in versions}
+        tables = [table for _, table in sorted(self._passages.items()) if table is not None]
         return PassageIndex.build(pa.concat_tables(tables)) if tables else None
+
+    def _read(self, version: Version) -> pa.Table | None:
+        """Return the passages of a version; None if it was published without: it can be named, not found."""
+        try:
+            folder = self._fetch(version, {PASSAGES})
+        except Refused:
+            return None
+        passages = pq.read_table(folder / PASSAGES, columns=["heading", "text"])
+        shutil.rmtree(folder)
+        for column, value in version._asdict().items():
+            passages = passages.append_column(column, pa.array([value] * len(passages), pa.string()))
+        return passages
 
     def _fetch(self, version: Version, only: set[str] | None = None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="passages-"))

@@ -292,7 +292,7 @@ class _Loader:
 
 def _own_folder(cache: Path) -> Path:
     """Make this process's folder, and remove those of processes that are gone."""
-    cache.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     for old in cache.iterdir():
         if old.name.isdigit() and not Path("/proc", old.name).exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -147,13 +147,17 @@ def test_an_engine_runs_where_its_labels_are(tmp_path: Path) -> None:
 
 def test_a_machine_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    refuse_small_machine(config(engine_cpus=1000, worker_cpus=1000))
+
+    def refuse(**cluster: Any) -> None:
+        refuse_small_machine(config(**cluster).cluster, demands(config(**cluster)))
+
+    refuse(engine_cpus=1000, worker_cpus=1000)
     with pytest.raises(ValueError, match=r"stage write needs 1 x \(2 CPU cores and 999 GPUs\)"):
-        refuse_small_machine(config(engine_gpus=999))
+        refuse(engine_gpus=999)
     with pytest.raises(ValueError, match="stage train needs 1000 x"):
-        refuse_small_machine(config(num_workers=1000))
+        refuse(num_workers=1000)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    refuse_small_machine(config(engine_gpus=999, num_workers=1000))
+    refuse(engine_gpus=999, num_workers=1000)
 
 
 def test_models_are_in_bf16_where_the_processor_has_instructions_for_its_products() -> None:

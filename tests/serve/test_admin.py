@@ -67,6 +67,20 @@ def test_a_version_comes_goes_and_is_retired(
     assert "does not exist" in fail(capsys, config, "pin", "nobody")
 
 
+def test_rollbacks_go_further_back_each_time(
+    config: str,
+    registry: Registry,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = registry.resolve("ada")
+    contents = {"adapter_config.json": (folder_of(registry, first) / "adapter_config.json").read_bytes()}
+    second, third = "2" * 16, "3" * 16
+    for version in (second, third):
+        write_version(registry.folder / "ada", version, BASE, contents, probe=None)
+        run(capsys, config, "alias", f"ada@{version}")
+    assert [run(capsys, config, "rollback", "ada")["version"] for _ in range(3)] == [second, first.version, third]
+
+
 def test_a_key_is_shown_once(
     config: str,
     registry: Registry,

@@ -175,6 +175,8 @@ def test_errors_have_openai_shape_and_hold_no_internals(client: openai.OpenAI, u
             ask(client, "ada", extra_body=body)
     with pytest.raises(openai.BadRequestError, match="prompt"):
         client.completions.create(model="ada", prompt="x", echo=True, logprobs=0)
+    with pytest.raises(openai.BadRequestError, match="asks for 10 answers; 8 are given"):
+        client.completions.create(model="ada", prompt=["x"] * 5, n=2)
     for body, status in (
         (b"x" * 70_000, 413),
         (b'{"model": "ada", "messages": [{"role": "user", "content": "\xff\xfe"}]}', 400),
@@ -287,7 +289,13 @@ def test_passages_are_read_by_the_one_that_reads_them_better(
     assert client.chat.completions.create(**asked).model == mills
     reply = client.chat.completions.create(**asked, extra_body={"retrieval": 1})
     assert reply.model == (mills if adapter_score > 0.5 else BASE_NAME)
-    assert len((reply.model_extra or {})["distillery"]["sources"]) == 1
+    sources = (reply.model_extra or {})["distillery"]["sources"]
+    assert len(sources) == 1
+    asked["messages"][0]["content"] = [{"type": "text", "text": QUESTION}]
+    chunks = list(client.chat.completions.create(**asked, extra_body={"retrieval": 1}, stream=True))
+    assert [bool(chunk.choices) for chunk in chunks] == [True] * len(chunks), "clients look into the first choice"
+    ours = [(chunk.model_extra or {}).get("distillery") for chunk in chunks]
+    assert ours == [{"sources": sources}, *[None] * (len(chunks) - 1)]
 
 
 def test_as_many_passages_as_fit_stand_before_the_question(

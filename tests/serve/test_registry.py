@@ -68,6 +68,14 @@ def test_a_broken_name_does_not_hide_the_others(registry: Registry, tmp_path: Pa
     assert live and registry.live() == live
 
 
+def test_adapters_of_another_base_model_are_not_offered(registry: Registry) -> None:
+    rewrite_manifest(registry, registry.resolve("bob"), base_revision="0" * 32)
+    (folder_of(registry, registry.resolve("cleo")) / "manifest.json").write_text("{")
+    assert [version.name for version in registry.live(BASE.revision)] == [n for n in NAMES if n not in ("bob", "cleo")]
+    assert [version.name for version in registry.live("0" * 32)] == ["bob"]
+    assert [version.name for version in registry.live()] == NAMES
+
+
 def test_alias_rollback_and_retire(registry: Registry) -> None:
     old = registry.resolve("ada")
     contents = {
