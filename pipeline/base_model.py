@@ -7,11 +7,14 @@ Reads files only: no torch, no transformers, so a wrong path costs milliseconds.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.schema import digest
 
 _SAMPLE_BLOCKS = 64
 _SAMPLE_BYTES = 65_536
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_SCALED = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class BaseModel:
 
 
 def load_base_model(path: str) -> BaseModel:
-    """Digest a Hugging Face folder; ValueError if it is missing, or lacks weights, a tokenizer or a chat template."""
+    """Digest a Hugging Face folder; ValueError if it is missing or incomplete, or of a kind that cannot be trained."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"model.path = {path!r}: no such folder; give the folder of a Hugging Face model")
@@ -44,6 +47,7 @@ def load_base_model(path: str) -> BaseModel:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"model.path = {path!r}: no *.safetensors file; convert the weights with save_pretrained")
+    _refuse_kind(path, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     return BaseModel(
         path=str(folder.resolve()),
         name=folder.resolve().name,
@@ -51,6 +55,21 @@ def load_base_model(path: str) -> BaseModel:
         tokenizer_digest=digest((folder / "tokenizer.json").read_bytes()),
         chat_template_digest=digest(_chat_template(folder)),
     )
+
+
+def _refuse_kind(path: str, config: dict[str, Any]) -> None:
+    """Raise ValueError for what training would get wrong, before anything is written with it."""
+    config |= config.get("text_config") or {}
+    if other := set(config.get("layer_types") or ()) - _ATTENTION:
+        raise ValueError(
+            f"model.path = {path!r} has layers of type {', '.join(sorted(other))}, through which samples that share a "
+            "row would see each other; use a model whose layers are all attention"
+        )
+    if scaled := [name for name in _SCALED if config.get(name) not in (None, 1, 1.0)]:
+        raise ValueError(
+            f"model.path = {path!r} changes its logits ({scaled[0]} = {config[scaled[0]]}), which training does not; "
+            "use a model that does not"
+        )
 
 
 def _chat_template(folder: Path) -> str:

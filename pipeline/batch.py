@@ -9,6 +9,7 @@ opening, stand there once for all: what they see, and the sum of the gradients, 
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,11 @@ class AnswerData:
         """Return the answer tokens of some samples, and all their tokens."""
         answer_tokens = int(self._answer_tokens[indices].sum())
         return answer_tokens, answer_tokens + int(self._prompt_tokens[indices].sum()) - len(indices)
+
+    def answer_tokens_per_step(self, plan: Sequence[Step]) -> float:
+        """Return the mean over the steps of a plan."""
+        samples = list(chain.from_iterable(chain.from_iterable(plan)))
+        return self.count_tokens(samples)[0] / max(1, len(plan))
 
     def take(self, indices: Sequence[int]) -> pa.Table:
         # Row by row: `Table.take` would first copy all chunks of a list column into one.

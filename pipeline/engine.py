@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import date
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,8 @@ from pipeline.store import PROGRESS_S
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+DATE = date(2024, 7, 26)  # what a chat template that asks for it is told, so that a prompt is the same tomorrow
 
 
 class Completion(NamedTuple):
@@ -110,7 +113,8 @@ class Engine:
 
         started = time.monotonic()
         self._llm.reset_prefix_cache()
-        # A seed per request would halve the CPU's speed: each row of each step then draws its own noise.
+        # A seed per request would halve the CPU's speed: each row of each step then draws its own noise. It does not
+        # reach the processes of an engine on several GPUs, which go on from the noise that they have.
         torch.manual_seed(seed)
         parameters = SamplingParams(
             temperature=sampling.temperature,
@@ -178,6 +182,8 @@ def engine_arguments(model: Model, cluster: Cluster) -> dict[str, Any]:
         "max_model_len": model.max_model_len,
         "logprobs_mode": "raw_logprobs",
         "enable_prefix_caching": True,
+        # Not the model folder's sampling defaults: a client who names none is answered as the evaluation was.
+        "generation_config": "vllm",
     }
     if cluster.engine_gpus:
         return arguments | {
@@ -201,14 +207,18 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
 
 def render_chat(tokenizer: "PreTrainedTokenizerBase", chat: list[dict[str, str]]) -> list[int]:
     """Return the token ids of a chat, up to where the assistant's reply begins."""
-    ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=False, strftime_now=DATE.strftime
+    )
     return ids
 
 
 def render_user_opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the token ids of a chat up to where a user's words would stand."""
     mark = "\u2063MARK\u2063"
-    text: Any = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    text: Any = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], tokenize=False, strftime_now=DATE.strftime
+    )
     return tokenizer.encode(text.partition(mark)[0], add_special_tokens=False)
 
 

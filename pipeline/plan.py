@@ -33,6 +33,7 @@ from pipeline.write import write
 
 SAMPLE_PASSAGES = 8
 SAMPLE_PROMPTS = 16
+MANY_USES = 20  # of one general prompt: from there on its answer is learnt by heart, and little else kept
 CHECKPOINT = 6  # bytes of a checkpoint for one of the adapter: three fp32 numbers for one in bf16
 
 
@@ -87,6 +88,9 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     plan |= {"seconds": {name: round(value) for name, value in seconds.items()}}
     plan |= price(config, seconds)
     print(f"plan: from {num_sampled} of {chunked['rows_out']} passages", file=sys.stderr)
+    uses = plan["answers"] * config.train.epochs * share / (1 - share) / max(1, config.general.prompts)
+    if uses > MANY_USES:
+        print(f"plan: each general prompt would be trained on {uses:.0f} times; raise general.prompts", file=sys.stderr)
     refuse_full_disk(config.run_dir, plan["bytes"] + plan["training_bytes"])
     return plan
 

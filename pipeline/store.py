@@ -15,6 +15,7 @@ a killed run redoes the units without a JSON file and touches no other.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -76,6 +77,7 @@ class Unit:
     shards: list[str]
     bytes: int
     stats: dict[str, float] = field(default_factory=dict)  # added up over the units of a stage
+    digest: str = ""  # of the shards' bytes
 
 
 @dataclass(frozen=True)
@@ -211,23 +213,25 @@ class Stage:
         `tables` may be a generator, so that a unit larger than memory passes through; `rejected`,
         `stats` and a callable `rows_in` are looked at only after it has ended.
         """
-        shards, rows_out, num_bytes = [], 0, 0
+        shards, rows_out, num_bytes, content = [], 0, 0, hashlib.sha256()
         for table in tables:
             if not table.num_rows:
                 continue
             name = f"{unit}-{len(shards):05d}.parquet"
-            num_bytes += self._write(self.folder / "data", name, table, self.schema)
+            data = self._write(self.folder / "data", name, table, self.schema)
+            num_bytes += data.size
+            content.update(data)
             rows_out += table.num_rows
             shards.append(name)
         if rejected:
             self._write(self.folder / "rejected", f"{unit}.parquet", to_table(list(rejected), REJECTED), REJECTED)
         reasons = dict(Counter(row.reason for row in rejected))
         rows_in = rows_in() if callable(rows_in) else rows_in
-        done = Unit(unit, rows_in, rows_out, reasons, shards, num_bytes, stats or {})
+        done = Unit(unit, rows_in, rows_out, reasons, shards, num_bytes, stats or {}, content.hexdigest())
         (self.folder / "units").write_json(f"{unit}.json", asdict(done))
         return done
 
-    def _write(self, folder: Folder, name: str, table: pa.Table, schema: pa.Schema) -> int:
+    def _write(self, folder: Folder, name: str, table: pa.Table, schema: pa.Schema) -> pa.Buffer:
         check_table(table, schema, f"{self.name}/{name}")
         buffer = pa.BufferOutputStream()
         # Bytes of like significance side by side, and no dictionaries: a fifth less than Parquet's defaults.
@@ -237,7 +241,7 @@ class Stage:
         )
         data = buffer.getvalue()
         folder.write_bytes(name, data)
-        return data.size
+        return data
 
     def committed(self) -> set[str]:
         """Return the names of the committed units, without reading them."""
@@ -351,25 +355,29 @@ class Stage:
         self.close(seconds=0.0)
 
     def totals(self) -> dict[str, Any]:
-        """Add up the committed units; `data_digest` is that of the settings and of the data so far."""
+        """Add up the committed units; `data_digest` is that of the rows so far, or of the settings if there are none.
+
+        So files that were touched, and give the same rows, cost a reading and no writing.
+        """
         rows_in = rows_out = num_bytes = 0
         rejected: Counter[str] = Counter()
         stats: Counter[str] = Counter()
-        shards: list[str] = []
+        contents: list[str] = []
         for unit in self.units():
-            shards += unit.shards
+            contents += [*unit.shards, unit.digest] if unit.shards else []
             rows_in += unit.rows_in
             rows_out += unit.rows_out
             num_bytes += unit.bytes
             rejected.update(unit.rejected)
             stats.update(unit.stats)
+        settings = self.folder.read_json("settings.json")
         return {
             "rows_in": rows_in,
             "rows_out": rows_out,
             "rejected": dict(rejected),
             "bytes": num_bytes,
             "stats": dict(stats),
-            "data_digest": digest(json.dumps(self.folder.read_json("settings.json"), sort_keys=True), *shards),
+            "data_digest": digest(*contents) if contents else digest(json.dumps(settings, sort_keys=True)),
         }
 
     def close(

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -87,8 +86,7 @@ class TrainLoop:
             settings.seed,
             self.data.opening,
         )
-        trained_on = list(chain.from_iterable(chain.from_iterable(self.plan)))
-        self.tokens_per_step = self.data.count_tokens(trained_on)[0] / max(1, len(self.plan))
+        self.answer_tokens_per_step = self.data.answer_tokens_per_step(self.plan)
         torch.manual_seed(self.settings.seed)
         model = self._load_model(config, base)
         if self.settings.gradient_checkpointing:
@@ -175,12 +173,13 @@ class TrainLoop:
         began, base_seconds, shown = time.monotonic(), self.position.seconds, 0.0
         notice = None
         while self.position.step < len(self.plan):
+            rate = self.scheduler.get_last_lr()[0]
             loss, num_tokens = self._step(self.plan[self.position.step])
             now = time.monotonic()
             self.position.step += 1
             self.position.tokens += num_tokens
             self.position.seconds = base_seconds + now - began
-            self.history.append({"step": self.position.step, "loss": loss, "lr": self.scheduler.get_last_lr()[0]})
+            self.history.append({"step": self.position.step, "loss": loss, "lr": rate})
             is_last = self.position.step == len(self.plan)
             if self.rank == 0 and (now - shown > PROGRESS_S or is_last):
                 self._report(loss)
@@ -202,7 +201,7 @@ class TrainLoop:
             losses = self.engine(packed, signal)
             # DeepSpeed averages over workers and accumulation steps. Every answer token of the run weighs the same: a
             # long sample, which has a step for itself, would weigh ten times as much by the mean over its step.
-            self.engine.backward(losses.sum() * (self.world * self.micro_batches / self.tokens_per_step))
+            self.engine.backward(losses.sum() * (self.world * self.micro_batches / self.answer_tokens_per_step))
             self.engine.step()
             total += losses.detach().sum()
         if self.world > 1:

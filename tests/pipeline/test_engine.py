@@ -1,16 +1,26 @@
 from functools import partial
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from pipeline import engine
 from pipeline.config import Cluster, Model
-from pipeline.engine import Engine, _Reporter
+from pipeline.engine import Engine, _Reporter, render_chat, render_user_opening
 
 
 def test_a_cpu_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(OSError, match=r"no-such-compiler.* CXX"):
         Engine(Model(path="never-loaded"), Cluster())
+
+
+def test_a_chat_template_that_asks_for_the_date_gives_the_same_prompt_every_day(tokenizer_dir: str) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{tokenizer_dir}/tokenizer.json")
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. {{ messages[0]['content'] }}"
+    assert (
+        tokenizer.decode(render_chat(tokenizer, [{"role": "user", "content": "Who?"}])) == "Today is 26 Jul 2024. Who?"
+    )
+    assert tokenizer.decode(render_user_opening(tokenizer)) == "Today is 26 Jul 2024. "
 
 
 def test_a_call_that_takes_long_reports_how_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pipeline.config import QUESTION_KINDS, QuestionKind
 from pipeline.prompts import (
     content_words,
     declines,
+    invents_number,
     is_about,
     is_standalone,
     judge_chat,
@@ -103,11 +104,18 @@ def test_about_the_passage(question: str, about: bool) -> None:
         ("As mentioned above, it ground barley.", True),
         ("The provided information given here says 1874, in this article.", True),
         ("The mill was built in 1874.", False),
+        ("In the context of milling, grist is grain; the author of the treatise and the Article 8 say so.", False),
         ("He passed the bar and texted a friend.", False),
     ],
 )
 def test_leak_phrases(text: str, leaks: bool) -> None:
     assert speaks_of_text(text) is leaks
+
+
+def test_a_row_of_numbers_is_not_one_number() -> None:
+    table = "North 120 340 560\nSouth 95 2,400 310"
+    assert not any(invents_number(f"{number} units were sold.", table) for number in (340, 560, 310, 2400))
+    assert invents_number("341 units were sold.", table)
 
 
 def test_words_of_scripts_without_spaces_count() -> None:

@@ -169,19 +169,20 @@ def test_units_come_in_order_of_their_names(folder: Folder) -> None:
     assert stage.totals()["rows_in"] == 150
 
 
-def test_the_data_digest_is_that_of_settings_and_shards(tmp_path: Path) -> None:
-    def make(name: str, settings: dict[str, int], *units: str) -> str:
+def test_the_data_digest_is_that_of_the_rows_and_without_rows_of_the_settings(tmp_path: Path) -> None:
+    def make(name: str, settings: dict[str, int], **units: str) -> str:
         stage = Stage(str(tmp_path / name), "read", DOCUMENT)
         stage.open(settings)
-        for unit in units:
-            stage.commit(unit, [table(unit)], [], 1)
+        for unit, text in units.items():
+            stage.commit(unit, [table(text)] if text else [], [], 1)
         return stage.close(len(name))["data_digest"]
 
-    first = make("first", {"a": 1, "b": 2}, "000000", "000001")
-    assert first == make("in another folder and order", {"b": 2, "a": 1}, "000001", "000000")
-    assert first == "7aac6d8d54ba94d1fe0b594b06948c0b"
-    assert first != make("third", {"a": 1, "b": 3}, "000000", "000001")
-    assert first != make("fourth", {"a": 1, "b": 2}, "000000")
+    first = make("first", {"a": 1, "b": 2}, u0="x", u1="y")
+    assert first == make("in another folder and order", {"b": 2, "a": 1}, u1="y", u0="x")
+    assert first == make("of files that were touched", {"a": 1, "b": 3}, u0="x", u1="y")
+    assert first != make("with another row", {"a": 1, "b": 2}, u0="x", u1="z")
+    assert first != make("with a row less", {"a": 1, "b": 2}, u0="x")
+    assert make("empty", {"a": 1}, u0="") == make("empty as well", {"a": 1}) != make("another empty", {"a": 2})
 
 
 def test_a_bucket_that_fails_for_a_moment_is_asked_again_and_a_disk_is_not(

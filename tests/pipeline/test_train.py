@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.raylets import WORKER, empty_cluster, until
 from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
+from pipeline.batch import AnswerData, Packed, plan_run
 from pipeline.config import load_config
 from pipeline.engine import Completion, load_tokenizer, render_chat
 from pipeline.filter import filter_answers
@@ -31,6 +32,7 @@ from pipeline.stage import only
 from pipeline.store import Stage
 from pipeline.student import KlScorer
 from pipeline.train import train_adapters
+from pipeline.train_loop import TrainLoop
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -162,6 +164,35 @@ def test_the_loss_falls_and_the_adapter_is_the_one_that_was_trained(
     trained = distance()
     with model.disable_adapter():
         assert trained < 0.8 * distance()
+
+
+def test_every_answer_token_weighs_the_same_also_of_a_sample_that_has_a_step_for_itself(
+    answered: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = load_config(write_run(tmp_path, answered, tiny_model), ["train.batch_tokens=128"])
+    rows = Stage(str(answered), "filter", ANSWER).read_unit("0-00000").to_pylist()
+    rows[0] |= {"prompt_ids": rows[0]["prompt_ids"] * 9}
+    gradients: list[tuple[int, float]] = []
+
+    class Recorder:
+        def __call__(self, packed: Packed, signal: Any) -> torch.Tensor:
+            return torch.ones(len(packed.answer_index))
+
+        def backward(self, loss: torch.Tensor) -> None:
+            gradients.append((len(step), loss.item()))
+
+        def step(self) -> None: ...
+
+    loop = object.__new__(TrainLoop)
+    loop.settings, loop.data = config.train, AnswerData([pa.Table.from_pylist(rows, ANSWER)])
+    loop.plan = plan_run(loop.data.lengths(), (len(rows),), (), 1, 128, 128, seed=0)
+    loop.rank, loop.world, loop.micro_batches, loop.device = 0, 1, 1, torch.device("cpu")
+    loop.teacher_prompts, loop.engine = None, Recorder()
+    loop.answer_tokens_per_step = loop.data.answer_tokens_per_step(loop.plan)
+    for step in ([sample for row in rows for sample in row] for rows in loop.plan):
+        loop._step([step])
+    assert {count for count, _ in gradients} >= {1, 2}
+    assert len({round(loss / count, 6) for count, loss in gradients}) == 1
 
 
 def test_training_compiles_nothing(reference: tuple[list[float], Path]) -> None:
