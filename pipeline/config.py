@@ -221,7 +221,8 @@ class Lora(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Layers that it adapts, by the end of their names, as PEFT takes them; all-linear: all but the output."""
+    """Layers that it adapts, by the end of their names, as PEFT takes them; all-linear: all but the output, or in an
+    update those of the previous run."""
 
 
 class Train(Section):

@@ -112,12 +112,14 @@ def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:
     require_line([Stage(run_dir, "chunk", PASSAGE), Stage(run_dir, "question", QUESTION)])
     answer, *_ = require_line([Stage(run_dir, name, ANSWER) for name in ("answer", "filter", "train")])
     wrote, adapter, lora = answer["settings"], adapter_of(run_dir).read_json("adapter_config.json"), config.train.lora
+    layers = adapter["target_modules"] if lora.target_modules == "all-linear" else lora.target_modules
     for name, was, now in (
         *((f"{name} of its base model", wrote["model"][name], value) for name, value in base.identity().items()),
         ("answer.top_k", wrote["answer"]["top_k"], config.answer.top_k),
         ("train.lora.rank", adapter["r"], lora.rank),
         ("train.lora.alpha", adapter["lora_alpha"], lora.alpha or 2 * lora.rank),
         ("train.lora.dropout", adapter["lora_dropout"], lora.dropout),
+        ("train.lora.target_modules", sorted(adapter["target_modules"]), sorted(layers)),
     ):
         if was != now:
             raise ValueError(

@@ -244,6 +244,12 @@ def test_dropout_acts_and_recomputed_activations_change_nothing(
 
 
 @pytest.mark.long
+def test_an_adapter_may_be_of_some_layers(local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path) -> None:
+    _, adapter = train(answered, tiny_model, tmp_path, "train.epochs=1", "train.lora.target_modules=['down_proj']")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert tensors and all(".down_proj.lora_" in name for name in tensors)
+
+
 def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
     answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -331,6 +337,7 @@ def test_an_update_with_nothing_new_keeps_the_adapter(
         ("filter", [], "stage train in .* was made from other rows than stage filter has now"),
         ("", ["train.lora.rank=4"], "train.lora.rank is 8, now 4"),
         ("", ["train.lora.dropout=0.1"], "train.lora.dropout is 0.0, now 0.1"),
+        ("", ["train.lora.target_modules=['q_proj']"], r"train.lora.target_modules is \[.*, now \['q_proj'\]"),
         ("", ["answer.top_k=1"], "answer.top_k is .*, now 1"),
     ],
 )
