@@ -46,7 +46,7 @@ def check(config: Config, address: str | None) -> list[str]:
             elif view["gpu_bytes"] and any(has_labels(node["Labels"], demand.labels) for demand in demands(config)):
                 found.append(model_fits(config, view["weight_bytes"], view["gpu_bytes"]))
         for field, uri in (("run_dir", config.run_dir), ("publish.registry", config.publish.registry)):
-            found += _is_shared(nodes, field, uri)
+            found += _find_unshared(nodes, field, uri)
         return list(dict.fromkeys(finding for finding in found if finding))
     finally:
         ray.shutdown()
@@ -68,16 +68,18 @@ def _look(model: str) -> dict[str, int | None]:
     }
 
 
-def _is_shared(nodes: list[dict[str, Any]], field: str, uri: str) -> list[str]:
+def _find_unshared(nodes: list[dict[str, Any]], field: str, uri: str) -> list[str]:
     """Write a file from the last node and look for it from all of them; return what is wrong."""
     name = f"check-{uuid.uuid4().hex}"
     if error := ray.get(_on(nodes[-1], _write, uri, name)):
-        return [f"{field} = {uri!r} cannot be written from a node ({error}); give the nodes rights, or another place"]
+        return [
+            f"{field} = {Folder(uri)} cannot be written from a node ({error}); give the nodes rights, or another place"
+        ]
     seen = ray.get([_on(node, _sees, uri, name) for node in nodes])
     ray.get(_on(nodes[-1], _delete, uri, name))
     return [
-        f"node {node['NodeManagerAddress']} does not see what another one wrote to {field} = {uri!r}; give a bucket, "
-        "or a folder that all nodes share"
+        f"node {node['NodeManagerAddress']} does not see what another one wrote to {field} = {Folder(uri)}; give a "
+        "bucket, or a folder that all nodes share"
         for node, sees in zip(nodes, seen, strict=True)
         if not sees
     ]
