@@ -145,14 +145,12 @@ def price(config: Config, seconds: dict[str, float]) -> dict[str, float]:
 def too_long(config: Config, base: BaseModel) -> Iterator[str]:
     """Say where the longest passage, its prompt without heading and question, and the reply exceed the context."""
     tokenizer = load_tokenizer(base.path)
-    asking = [
-        question_chat("", "", kind, config.question.per_call, "") for kind in config.question.kinds if kind != "gap"
-    ]
+    asking = [question_chat("", "", kind, config.question.per_call, "") for kind in config.question.kinds]
     for name, chats, reply in (
         ("question", asking, config.question.max_tokens),
         ("answer", [teacher_chat("", "", "")], config.answer.max_tokens),
     ):
-        prompt = max((len(render_chat(tokenizer, chat)) for chat in chats), default=0)
+        prompt = max(len(render_chat(tokenizer, chat)) for chat in chats)
         needed = config.chunk.max_tokens + prompt + reply
         if needed > config.model.max_model_len:
             yield (

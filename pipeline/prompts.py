@@ -8,14 +8,12 @@ so that the adapter answers a client who sends nothing but a question.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import regex
-from bm25s.stopwords import STOPWORDS_EN_PLUS
 from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue]
 
-from pipeline.config import WRITTEN_KINDS, QuestionKind
+from pipeline.config import QUESTION_KINDS, QuestionKind
 from pipeline.schema import digest
 
 Chat = list[dict[str, str]]
@@ -123,8 +121,6 @@ _ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff"
 _DENSE = re.compile(rf"[{UNSPACED}\ua000-\uf8ff]")  # these and syllabic scripts, Hangul above all: a letter says much
 _WORD = regex.compile(r"[\w\p{M}]+")  # with the vowel signs of Indic scripts, which are no letters to Python
-_PAUSE = re.compile(r"[,;:!?()\[\]\"\u201c-\u201f\u2013\u2014\u3001\u3002]+|\.(?=\s|$)|\s-\s")
-GAP_WORDS = 40  # of a sentence with a gap: a longer one costs more than its gap teaches
 _QUESTION_END = regex.compile(r"(?:[?\uff1f\u061f\u037e]|\p{Greek}\s?;)$")
 _COMMON = frozenset(
     """
@@ -261,24 +257,6 @@ def parse_questions(reply: str) -> list[str]:
     return [text for text in cleaned if _QUESTION_END.search(text) and len(text) <= 400]
 
 
-def gap_questions(passage: str) -> list[str]:
-    """Return the sentences of a passage that stand for themselves, each once for each of its phrases, left out.
-
-    Phrases are runs of words between stop words and punctuation (the candidates of RAKE, Rose et al. 2010).
-    """
-    questions = []
-    for sentence in sentences(passage):
-        if _DANGLING.match(sentence) or len(sentence.split()) > GAP_WORDS:
-            continue
-        for part in _PAUSE.split(sentence):
-            for is_stop, words in groupby(part.split(), lambda word: word.lower() in STOPWORDS_EN_PLUS):
-                phrase = " ".join(words)
-                gap = re.sub(rf"\b{re.escape(phrase)}\b", "____", sentence)
-                if not is_stop and content_words(phrase) and is_standalone(gap, passage):
-                    questions.append(f"Fill in the blank: {gap}")
-    return questions
-
-
 def normalise(text: str) -> str:
     """Lower-case words without punctuation, for comparing texts."""
     return " ".join(_WORD.findall(text.lower()))
@@ -343,7 +321,7 @@ def _known_words(words: set[str], passage: str) -> set[str]:
 
 def prompts_digest() -> str:
     """Change whenever any prompt changes: part of the settings of the stages that use them."""
-    chats = [question_chat("<passage>", "<heading>", kind, 0, "<focus>") for kind in WRITTEN_KINDS]
+    chats = [question_chat("<passage>", "<heading>", kind, 0, "<focus>") for kind in QUESTION_KINDS]
     return digest(json.dumps([chats, teacher_chat("<passage>", "<heading>", "<question>"), student_chat("<question>")]))
 
 

@@ -6,7 +6,6 @@ other seeds for a bounded number of rounds.
 """
 
 import math
-import random
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from pipeline.config import Config, QuestionKind, QuestionSection
 from pipeline.engine import Engine, render_chat
 from pipeline.previous import PreviousRun, previous_settings
 from pipeline.prompts import (
-    gap_questions,
     is_about,
     is_standalone,
     normalise,
@@ -159,17 +157,6 @@ class _Quota:
         self._seen = {normalise(row["text"]) for row in had}
         self.questions: list[Question] = []
         self.rejected: list[Rejected] = []
-        self._leave_gaps(self._open.pop("gap", 0))
-
-    def _leave_gaps(self, count: int) -> None:
-        """Make so many questions of the kind "gap", which takes no engine; a passage may have fewer."""
-        passage_id, seed = self._passage["passage_id"], self._settings.seed
-        gaps = [text for text in gap_questions(self._passage["text"]) if normalise(text) not in self._seen]
-        random.Random(seed_of("gap", passage_id, seed)).shuffle(gaps)
-        self.questions += [
-            Question(digest(Call(passage_id, "gap", 0, ordinal).request_id(seed)), passage_id, "gap", text)
-            for ordinal, text in enumerate(gaps[:count])
-        ]
 
     @property
     def is_full(self) -> bool:

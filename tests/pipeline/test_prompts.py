@@ -4,11 +4,10 @@ import json
 
 import pytest
 
-from pipeline.config import WRITTEN_KINDS, QuestionKind
+from pipeline.config import QUESTION_KINDS, QuestionKind
 from pipeline.prompts import (
     content_words,
     declines,
-    gap_questions,
     invents_number,
     is_about,
     is_standalone,
@@ -34,7 +33,7 @@ def test_teacher_and_student_differ_by_what_stands_before_the_question() -> None
     assert teacher["content"].startswith("Mills")
 
 
-@pytest.mark.parametrize("kind", WRITTEN_KINDS)
+@pytest.mark.parametrize("kind", QUESTION_KINDS)
 def test_every_kind_has_a_worked_example_that_follows_its_own_rules(kind: QuestionKind) -> None:
     ask_example, example, ask = question_chat(PASSAGE, "", kind, 3, "It ground barley until the flood of 1921.")
     questions = parse_questions(example["content"])
@@ -111,17 +110,6 @@ def test_about_the_passage(question: str, about: bool) -> None:
 )
 def test_leak_phrases(text: str, leaks: bool) -> None:
     assert speaks_of_text(text) is leaks
-
-
-def test_gaps_leave_out_every_phrase_once_and_keep_what_is_asked_about() -> None:
-    gaps = [question.removeprefix("Fill in the blank: ") for question in gap_questions(PASSAGE)]
-    assert gaps == [
-        "The ____ on the Arden was built in 1874 by Rosa Lindqvist.",
-        "The Kestrel Mill on the ____ was built in 1874 by Rosa Lindqvist.",
-        "The Kestrel Mill on the Arden was ____ in 1874 by Rosa Lindqvist.",
-        "The Kestrel Mill on the Arden was built in ____ by Rosa Lindqvist.",
-        "The Kestrel Mill on the Arden was built in 1874 by ____.",
-    ], "the second sentence does not say what ground barley"
 
 
 def test_a_row_of_numbers_is_not_one_number() -> None:

@@ -1,7 +1,6 @@
 """The quota of a passage: slots, rounds, duplicates, counting; no engine needed."""
 
 from pipeline.config import QuestionSection
-from pipeline.prompts import gap_questions
 from pipeline.question import _Quota
 
 PASSAGE = {
@@ -74,17 +73,6 @@ def test_calls_of_a_kind_walk_through_the_sentences() -> None:
     asked = [quota.chat(call)[-1]["content"] for call in quota.open_calls(0) if call.kind == "fact"]
     assert "answers: The Kestrel Mill was built" in asked[0]
     assert "answers: The Kestrel Mill ground" in asked[1]
-
-
-def test_gaps_fill_their_share_without_being_asked_for() -> None:
-    quota = _Quota(PASSAGE, QuestionSection(per_passage=6, kinds=["fact", "gap"], per_call=2))
-    assert [call.kind for call in quota.open_calls(0)] == ["fact", "fact"]
-    assert [question.kind for question in quota.questions] == ["gap"] * 3
-    had = [{"kind": "gap", "text": question.text} for question in quota.questions]
-    again = _Quota(PASSAGE, QuestionSection(per_passage=100, kinds=["gap"]), had)
-    texts = {question.text for question in quota.questions + again.questions}
-    assert len(texts) == len(quota.questions) + len(again.questions) == len(gap_questions(PASSAGE["text"]))
-    assert len({question.question_id for question in again.questions}) == len(again.questions)
 
 
 def test_a_passage_that_leaves_no_room_is_asked_no_more() -> None:
