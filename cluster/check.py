@@ -35,15 +35,15 @@ def check(config: Config, address: str | None) -> list[str]:
         for node in nodes:
             have = {name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}
             print(f"node {node['NodeManagerAddress']}: {have}", file=sys.stderr)
-        found = []
-        for demand in demands(config):
+        found, demanded = [], demands(config)
+        for demand in demanded:
             print(f"{demand.stage}: {demand.count} x {demand.bundle}", file=sys.stderr)
             found.append(unmet(demand, nodes))
         for node, view in zip(nodes, ray.get([_on(node, _look, config.model.path) for node in nodes]), strict=True):
             if view["weight_bytes"] is None:
                 place = node["NodeManagerAddress"]
                 found.append(f"node {place} has no model at model.path = {config.model.path!r}; put it there")
-            elif view["gpu_bytes"] and any(has_labels(node["Labels"], demand.labels) for demand in demands(config)):
+            elif view["gpu_bytes"] and any(has_labels(node["Labels"], demand.labels) for demand in demanded):
                 found.append(model_fits(config, view["weight_bytes"], view["gpu_bytes"]))
         for field, uri in (("run_dir", config.run_dir), ("publish.registry", config.publish.registry)):
             found += _find_unshared(nodes, field, uri)

@@ -170,12 +170,15 @@ def write_version(
     return asdict(manifest)
 
 
-def move_alias(adapters: Folder, version: str) -> None:
-    """Let the name mean this version, and remember what it meant before, newest first."""
+def move_alias(adapters: Folder, version: str, back: bool = False) -> None:
+    """Let the name mean this version, and remember what it meant before, newest first.
+
+    When it goes `back`, the version that it leaves goes last, so that to go back again leads to an older one.
+    """
     alias = adapters.read_json(ALIAS) or {}
     live, before = alias.get("version"), alias.get("before", [])
     if live != version:
-        before = [old for old in (live, *before) if old not in (None, version)]
+        before = [old for old in ((*before, live) if back else (live, *before)) if old not in (None, version)]
         adapters.write_json(ALIAS, alias | {"version": version, "before": before})
 
 

@@ -370,14 +370,13 @@ class Stage:
             num_bytes += unit.bytes
             rejected.update(unit.rejected)
             stats.update(unit.stats)
-        settings = self.folder.read_json("settings.json")
         return {
             "rows_in": rows_in,
             "rows_out": rows_out,
             "rejected": dict(rejected),
             "bytes": num_bytes,
             "stats": dict(stats),
-            "data_digest": digest(*contents) if contents else digest(json.dumps(settings, sort_keys=True)),
+            "data_digest": digest(*(contents or [json.dumps(self.folder.read_json("settings.json"), sort_keys=True)])),
         }
 
     def close(

@@ -64,9 +64,7 @@ def _command(registry: Registry, options: argparse.Namespace) -> Any:
         usable = [old for old in alias["before"] if old not in alias["retired"]]
         if not usable:
             raise ValueError(f"{version.name!r} has meant no other version before {version.version}")
-        # The one that is left goes last: what follows a second rollback is older, not what the first one left.
-        before = [old for old in alias["before"] if old != usable[0]]
-        folder.write_json(ALIAS, alias | {"version": usable[0], "before": [*before, version.version]})
+        move_alias(folder, usable[0], back=True)
     elif options.command == "retire":
         if version.version == alias["version"]:
             raise ValueError(f"{version.model_id} is what {version.name!r} means now; move the alias first")

@@ -243,13 +243,13 @@ def test_dropout_acts_and_recomputed_activations_change_nothing(
     assert dropped[-1] > 1.02 * reference[0][-1]
 
 
-@pytest.mark.long
 def test_an_adapter_may_be_of_some_layers(local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path) -> None:
     _, adapter = train(answered, tiny_model, tmp_path, "train.epochs=1", "train.lora.target_modules=['down_proj']")
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert tensors and all(".down_proj.lora_" in name for name in tensors)
 
 
+@pytest.mark.long
 def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
     answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
