@@ -73,7 +73,7 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_run(config: Config) -> dict[str, Any]:
     """Return what the quality of a run depends on beside its documents: the base model and the stages' settings."""
-    sections = {"chunk", "question", "answer", "general", "filter", "update", "train"}
+    sections = {"chunk", "question", "answer", "general", "reading", "filter", "update", "train"}
     parts = {"evaluate": {"max_questions", "max_tokens"}, "serve": {"retrieval_passages"}}
     settings = config.model_dump(include=dict.fromkeys(sections, True) | parts)
     if config.update.previous_run:

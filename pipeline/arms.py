@@ -101,7 +101,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         return [Reply(done.text.strip(), _confidence(done.topk_logprobs[:, 0])) for done in completions]
 
     def fits(asked: str) -> bool:
-        return len(render_chat(engine.tokenizer, student_chat(asked))) + settings.max_tokens <= engine.max_model_len
+        return engine.fits(student_chat(asked), settings.max_tokens)
 
     def with_passages(passages: list[list[dict[str, Any]]], asked: list[TestQuestion] = questions) -> list[Any]:
         pairs = zip(asked, passages, strict=True)

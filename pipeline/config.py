@@ -178,6 +178,14 @@ class General(Sampling):
     """Seed of prompts and answers."""
 
 
+class Reading(Section):
+    """Questions asked with retrieved passages whose names and numbers are exchanged: what the student has learnt is
+    wrong there, and it goes on reading what it is given, as the base model does."""
+
+    share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of these among the samples of every epoch; 0 leaves them out. Each is as long as its passages."""
+
+
 class FilterSection(Section):
     keep_unfinished: bool = False
     """Keep answers that were cut off at answer.max_tokens."""
@@ -454,6 +462,7 @@ class Config(Section):
     question: QuestionSection = QuestionSection()
     answer: AnswerSection = AnswerSection()
     general: General = General()
+    reading: Reading = Reading()
     filter: FilterSection = FilterSection()
     train: Train = Train()
     update: Update = Update()
@@ -463,7 +472,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        shares = {"general.share": self.general.share}
+        shares = {"general.share": self.general.share, "reading.share": self.reading.share}
         if self.update.previous_run:
             shares["update.replay_share"] = self.update.replay_share
             if self.update.previous_run.rstrip("/") == self.run_dir.rstrip("/"):

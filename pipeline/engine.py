@@ -155,6 +155,10 @@ class Engine:
         assert (flat_ids[:, 0] == token_ids).all(), "log-probabilities do not belong to the sampled tokens"
         return Completion(text, output.finish_reason, token_ids, flat_ids[:, 1:], flat_logprobs[:, 1:])
 
+    def fits(self, chat: list[dict[str, str]], reply_tokens: int) -> bool:
+        """Say whether the context holds a chat and a reply of so many tokens."""
+        return len(render_chat(self.tokenizer, chat)) + reply_tokens <= self.max_model_len
+
     def _adapter_id(self, folder: str) -> int:
         """Return an id of its own for every adapter: vLLM tells adapters apart by it, and by nothing else."""
         return self._adapters.setdefault(folder, len(self._adapters) + 1)

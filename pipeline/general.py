@@ -73,7 +73,7 @@ class GeneralWriter:
             else:
                 rows.append((prompt_id, prompt_id, text))
         seed = seed_of("general answers", unit["name"], settings.seed)
-        table = _answer_alone(self._engine, rows, seed, settings, self._top_k)
+        table = answer_alone(self._engine, rows, seed, settings, self._top_k)
         stats = self._engine.stats.since(before) | {"tail_mass_sum": float(tail_mass(table, self._top_k).sum())}
         return self._stage.commit(unit["name"], [table], rejected, len(sampled), stats)
 
@@ -130,11 +130,11 @@ class ForgottenWriter:
             (digest(FORGOTTEN, row["question_id"]), row["question_id"], row["text"]) for row in questions.to_pylist()
         ]
         seed = seed_of(FORGOTTEN, unit["name"], settings.seed)
-        table = _answer_alone(self._engine, rows, seed, settings, settings.top_k)
+        table = answer_alone(self._engine, rows, seed, settings, settings.top_k)
         return self._stage.commit(unit["name"], [table], [], len(rows), self._engine.stats.since(before))
 
 
-def _answer_alone(
+def answer_alone(
     engine: Engine, rows: list[tuple[str, str, str]], seed: int, settings: AnswerSection | General, top_k: int
 ) -> pa.Table:
     """Let the base model answer prompts without a passage; a row is an answer's id, its question's, and the prompt."""

@@ -65,6 +65,7 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     times = {
         "question": scale,
         "answer": scale,
+        "reading": scale,
         "filter": scale,
         "general": (config.general.prompts + config.general.held_out) / SAMPLE_PROMPTS,
         "train": scale * config.train.epochs,

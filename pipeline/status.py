@@ -29,6 +29,7 @@ UNITS: dict[str, tuple[str, Callable[[Stage], Collection[str]]]] = {
     "question": ("chunk", Stage.shards),
     "answer": ("chunk", Stage.shards),
     "filter": ("answer", Stage.committed),
+    "reading": ("chunk", Stage.shards),
 }
 
 
@@ -37,6 +38,8 @@ def stages_of(config: Config) -> dict[str, Stage]:
     schemas = SCHEMAS | {f"baseline-{name}": ANSWER for name in config.evaluate.baselines}
     if config.update.forget_removed:
         schemas["forgotten"] = ANSWER
+    if config.reading.share:
+        schemas["reading"] = ANSWER
     return {name: Stage(config.run_dir, name, schema) for name, schema in schemas.items()}
 
 

@@ -15,6 +15,7 @@ from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.general import FORGOTTEN
 from pipeline.previous import previous_settings
+from pipeline.reading import READING
 from pipeline.resources import worker_options
 from pipeline.schema import ANSWER
 from pipeline.stage import attempt, start_ray, watching
@@ -51,6 +52,7 @@ def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dic
         "model": model,
         "input": answers.require()["data_digest"],
         "general": general.require()["data_digest"],
+        **_reading_settings(config),
         **_update_settings(config, base),
     }
     if not stage.open(settings, redo):
@@ -78,6 +80,11 @@ def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
                 f"{base.path!r} is {value}; train the model that wrote them, or write the answers anew"
             )
     return trains
+
+
+def _reading_settings(config: Config) -> dict[str, Any]:
+    share = config.reading.share
+    return {"reading": [share, Stage(config.run_dir, READING, ANSWER).require()["data_digest"]]} if share else {}
 
 
 def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:

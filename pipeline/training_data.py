@@ -1,13 +1,14 @@
 """Complete stages -> the samples of a training, in groups that share an epoch.
 
 In: the config. Out: tables of ANSWER rows: what the corpus teaches that is new, questions about removed passages, what
-it taught a previous run already, and general answers. A shard at a time is in memory.
+it taught a previous run already, general answers, and answers that must be read. A shard at a time is in memory.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.engine import load_tokenizer
@@ -15,35 +16,37 @@ from pipeline.general import FORGOTTEN, HELD_OUT
 from pipeline.held_out import NearQuestions, hold_out, written_texts
 from pipeline.previous import PreviousRun
 from pipeline.prompts import titled
+from pipeline.reading import READING
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
 
 
 class Groups(NamedTuple):
-    """The four groups; `new` and `removed` make up an epoch, the others have a share of it."""
+    """The five groups; `new` and `removed` make up an epoch, the others have a share of it."""
 
     new: Iterator[pa.Table]
     removed: Iterator[pa.Table]
     old: Iterator[pa.Table]
     general: Iterator[pa.Table]
+    reading: Iterator[pa.Table]
 
 
 def training_tables(config: Config) -> Groups:
     """Return what is to be trained on; the iterators must be read one after the other."""
-    general = _general_answers(config)
+    always = (_general_answers(config), _reading_answers(config) if config.reading.share else iter(()))
     if config.train.teacher == "raw_text":
         passages = Stage(config.run_dir, "chunk", PASSAGE)
         tokenizer = load_tokenizer(config.model.path)
         texts = (text_samples(passages.read_shard(shard), tokenizer) for shard in passages.shards())
-        return Groups(texts, iter(()), iter(()), general)
+        return Groups(texts, iter(()), iter(()), *always)
     if config.update.previous_run is None:
         answers = Stage(config.run_dir, "filter", ANSWER)
-        return Groups(map(answers.read_shard, answers.shards()), iter(()), iter(()), general)
+        return Groups(map(answers.read_shard, answers.shards()), iter(()), iter(()), *always)
     previous = PreviousRun(config.update.previous_run)
     new = (new for new, _ in _split(config, previous))
     old = (old for _, old in _split(config, previous))  # read again: one group is copied first
     removed = _removed_answers(config) if config.update.forget_removed else iter(())
-    return Groups(new, removed, old, general)
+    return Groups(new, removed, old, *always)
 
 
 def _split(config: Config, previous: PreviousRun) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -77,6 +80,14 @@ def _general_answers(config: Config) -> Iterator[pa.Table]:
     for name in sorted(units - {HELD_OUT}):
         rows = general.read_unit(name)
         yield rows.filter(pa.array([prompt not in held_out for prompt in rows["prompt_ids"].to_pylist()], pa.bool_()))
+
+
+def _reading_answers(config: Config) -> Iterator[pa.Table]:
+    """Yield the answers that must be read, to questions that are trained on without passages, too."""
+    reading, kept = Stage(config.run_dir, READING, ANSWER), Stage(config.run_dir, "filter", ANSWER)
+    for unit in reading.units():
+        trained = kept.read_unit(unit.name, ["question_id"])["question_id"].combine_chunks()
+        yield reading.read_unit(unit.name).filter(pc.field("question_id").isin(trained))
 
 
 def text_samples(passages: pa.Table, tokenizer: Any) -> pa.Table:

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.general import FORGOTTEN, forgotten_job, general_job
 from pipeline.question import question_job
+from pipeline.reading import READING, reading_job
 from pipeline.resources import engine_options
 from pipeline.schema import ANSWER, QUESTION
 from pipeline.stage import Actors, Job, attempt, run_stages
@@ -66,6 +67,8 @@ def _jobs(config: Config, base: BaseModel, redo: bool, stages: tuple[str, ...]) 
             questions.stage.open(questions.settings)  # refuses questions that were written with other settings
         jobs = {"question": questions, "answer": answer_job(config, base, questions)}
     jobs = {name: job for name, job in (jobs | {"general": general_job(config, base)}).items() if name in stages}
+    if config.reading.share and "answer" in stages:
+        jobs[READING] = reading_job(config, base, questions)
     if config.update.previous_run is not None and "general" in stages:
         previous, general = Stage(config.update.previous_run, "general", ANSWER), jobs["general"]
         if previous.is_complete(general.settings) and general.stage.open(general.settings, redo):

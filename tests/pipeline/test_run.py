@@ -7,6 +7,7 @@ what no unit test can: a driver killed with SIGKILL in every stage, and started 
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from benchmarks.raylets import DEADLINE_S
 from pipeline import status
 from pipeline.config import load_config
 from pipeline.engine import load_tokenizer
-from pipeline.schema import ANSWER, QUESTION
+from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
 from tests.conftest import rows
 from tests.pipeline.test_parse import BAD
@@ -101,6 +102,8 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         held_out = 4
         max_tokens = 24
         first_words = ["Name a river"]
+        [reading]
+        share = 0.2
         [evaluate]
         questions = "{folder}/questions.jsonl"
         unrelated = "{folder}/unrelated.jsonl"
@@ -237,6 +240,23 @@ def test_general_prompts_begin_with_the_first_words(finished: tuple[Path, dict, 
     assert prompts and all("user\nName a river" in tokenizer.decode(ids) for ids in prompts)
 
 
+def test_what_must_be_read_stands_in_the_prompt_and_is_trained_on(finished: tuple[Path, dict, Path]) -> None:
+    folder, _, config = finished
+    run_dir = str(folder / "run")
+    asked = {row["question_id"]: row["text"] for row in rows(Stage(run_dir, "question", QUESTION))}
+    words = [set(re.findall(r"\b[a-z]+\b", row["text"])) for row in rows(Stage(run_dir, "chunk", PASSAGE))]
+    reading = rows(Stage(run_dir, "reading", ANSWER))
+    tokenizer = load_tokenizer(load_config(config).model.path)
+    for row in reading:
+        passages, _, question = tokenizer.decode(row["prompt_ids"]).partition("Question: ")
+        assert question.startswith(asked[row["question_id"]])
+        assert any(passage <= set(re.findall(r"\b[a-z]+\b", passages)) for passage in words)
+        assert not {"1874", "1921", "1962"} & set(re.findall(r"\d+", passages)) - set(re.findall(r"\d+", question))
+        assert not row["passage_id"], "the teacher has no other prompt"
+    trained = Stage(run_dir, "train", ANSWER).require()["training"]["samples"]
+    assert 0 < trained["reading"] <= len(reading) < len(asked)
+
+
 def test_the_published_version_is_whole_and_immutable(finished: tuple[Path, dict, Path]) -> None:
     folder, result, config = finished
     version = Path(result["adapter"])
@@ -303,7 +323,7 @@ def test_a_second_run_is_up_to_date(finished: tuple[Path, dict, Path]) -> None:
     folder, result, config = finished
     before = digests(folder)
     again, err = finish(config)
-    assert err.count("up to date") == 10
+    assert err.count("up to date") == 11
     assert again["scores"] == result["scores"] and again["adapter"] == result["adapter"]
     assert digests(folder) == before
 

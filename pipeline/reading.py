@@ -1,0 +1,135 @@
+"""Questions -> Answers that must be read: what keeps the student from answering by heart when it is given passages.
+
+In: one shard of questions per unit, and its passages. Out: the base model's answers to some of them, with its own
+top-k, and with retrieved passages in the prompt, the student's as well. There names and numbers are exchanged, so that
+what the student remembers is wrong, and only what it reads is right (entity substitution, Longpre et al. 2021).
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow.compute as pc
+import regex
+
+from pipeline.answer import tail_mass
+from pipeline.base_model import BaseModel
+from pipeline.config import AnswerSection, Config
+from pipeline.engine import Engine
+from pipeline.general import answer_alone
+from pipeline.previous import PreviousRun
+from pipeline.prompts import prompts_digest, retrieval_question, student_chat, titled
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
+from pipeline.stage import Job
+from pipeline.store import Stage, Unit
+
+READING = "reading"
+_NAME_OR_NUMBER = regex.compile(r"\p{Lu}[\p{L}\p{M}]+|\d+")
+_WORD = regex.compile(r"\p{Ll}[\p{L}\p{M}]+")
+_NAME_INSIDE = regex.compile(r"(?<=[^.?!:\s]\s+[\"'(]?)\p{Lu}[\p{L}\p{M}]+")  # not what only begins a sentence
+
+
+def reading_job(config: Config, base: BaseModel, questions: Job) -> Job:
+    """Describe the stage; every unit needs the unit of the same name of the question stage."""
+    how_many = {"share": config.reading.share, "num_passages": config.serve.retrieval_passages}
+    return Job(
+        Stage(config.run_dir, READING, ANSWER),
+        {
+            **how_many,
+            "answer": config.answer.model_dump(),
+            "max_model_len": config.model.max_model_len,
+            "model": base.identity(),
+            "prompts": prompts_digest(),
+            "input": questions.settings_digest,
+        },
+        questions.units,
+        ReadingWriter,
+        {
+            "run_dir": config.run_dir,
+            "settings": config.answer,
+            "previous_run": config.update.previous_run,
+            **how_many,
+        },
+        config.max_reject_share,
+    )
+
+
+class ReadingWriter:
+    """One unit is a share of the new questions about one shard of passages."""
+
+    def __init__(
+        self,
+        run_dir: str,
+        settings: AnswerSection,
+        share: float,
+        num_passages: int,
+        engine: Engine,
+        previous_run: str | None = None,
+    ) -> None:
+        self._passages = Stage(run_dir, "chunk", PASSAGE)
+        self._questions = Stage(run_dir, "question", QUESTION)
+        self._reading = Stage(run_dir, READING, ANSWER)
+        self._settings = settings
+        self._share = share
+        self._num_passages = num_passages
+        self._engine = engine
+        self._previous = PreviousRun(previous_run)
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        from pipeline.retrieve import PassageIndex
+
+        settings, before = self._settings, self._engine.stats
+        passages = self._passages.read_shard(f"{unit['name']}.parquet")
+        had = self._previous.rows("question", passages.to_pylist())["question_id"].combine_chunks()
+        questions = self._questions.read_unit(unit["name"]).filter(~pc.field("question_id").isin(had)).to_pylist()
+        chance = random.Random(seed_of(READING, unit["name"], settings.seed))
+        index, names = PassageIndex.build(passages), names_in(passages["text"].to_pylist())
+        rows, rejected = [], []
+        for question in chance.sample(questions, math.ceil(self._share * len(questions))):
+            answer_id, text = digest(READING, question["question_id"], settings.seed), question["text"]
+            found = [hit.passage for hit in index.search(text, self._num_passages)]
+            altered = exchange([titled(row["text"], row["heading"]) for row in found], text, names, chance)
+            asked, count = retrieval_question(
+                [{"text": passage, "heading": ""} for passage in altered], text, self._fits
+            )
+            if count:
+                rows.append((answer_id, question["question_id"], asked))
+            else:
+                rejected.append(Rejected(READING, answer_id, "too_long", "no room for a passage"))
+        seed = seed_of(settings.seed, *(row[0] for row in rows))
+        table = answer_alone(self._engine, rows, seed, settings, settings.top_k)
+        stats = self._engine.stats.since(before) | {"tail_mass_sum": float(tail_mass(table, settings.top_k).sum())}
+        return self._reading.commit(unit["name"], [table], rejected, len(rows) + len(rejected), stats)
+
+    def _fits(self, asked: str) -> bool:
+        return self._engine.fits(student_chat(asked), self._settings.max_tokens)
+
+
+def names_in(texts: Sequence[str]) -> list[str]:
+    """Return the words that have a capital letter within a sentence and never lack it, each once, in a fixed order."""
+    words = {word for text in texts for word in _WORD.findall(text)}
+    return sorted({name for text in texts for name in _NAME_INSIDE.findall(text) if name.lower() not in words})
+
+
+def exchange(texts: Sequence[str], question: str, names: Sequence[str], chance: random.Random) -> list[str]:
+    """Give every name that of another, and every number other digits, each the same wherever it stands.
+
+    What stands in the question stays, so that it still fits the texts. A number keeps its first digit, so that a year
+    stays one.
+    """
+    kept = {word.lower() for word in _NAME_OR_NUMBER.findall(question)}
+    pool = [name for name in names if name.lower() not in kept]
+    others = dict(zip(pool, chance.sample(pool, len(pool)), strict=True))
+    return [_NAME_OR_NUMBER.sub(partial(_other, kept, others, chance), text) for text in texts]
+
+
+def _other(kept: set[str], others: dict[str, str], chance: random.Random, found: Any) -> str:
+    word = found[0]
+    if word.lower() in kept:
+        return word
+    if word.isdecimal() and word not in others:
+        first, rest = ("", word) if len(word) == 1 else (word[0], word[1:])
+        others[word] = first + "".join(chance.choice("123456789") for _ in rest)
+    return str(others.get(word, word))
