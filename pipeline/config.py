@@ -470,18 +470,21 @@ class Config(Section):
     serve: Serve = Serve()
     cluster: Cluster = Cluster()
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """What belongs to each group of samples beside the corpus's own, of those of an epoch, by its setting."""
+        replay = {"update.replay_share": self.update.replay_share} if self.update.previous_run else {}
+        return replay | {"general.share": self.general.share, "reading.share": self.reading.share}
+
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        shares = {"general.share": self.general.share, "reading.share": self.reading.share}
-        if self.update.previous_run:
-            shares["update.replay_share"] = self.update.replay_share
-            if self.update.previous_run.rstrip("/") == self.run_dir.rstrip("/"):
-                raise ValueError(
-                    f"update.previous_run = {self.update.previous_run!r} is run_dir itself; give the update a run_dir "
-                    "of its own"
-                )
-        if sum(shares.values()) >= 1:
-            listed = " and ".join(f"{name} = {share}" for name, share in shares.items())
+        if self.update.previous_run and self.update.previous_run.rstrip("/") == self.run_dir.rstrip("/"):
+            raise ValueError(
+                f"update.previous_run = {self.update.previous_run!r} is run_dir itself; give the update a run_dir "
+                "of its own"
+            )
+        if sum(self.shares.values()) >= 1:
+            listed = " and ".join(f"{name} = {share}" for name, share in self.shares.items() if share)
             raise ValueError(f"{listed} leave no room for the corpus; lower one")
         return self
 

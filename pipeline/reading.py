@@ -33,7 +33,9 @@ _NAME_INSIDE = regex.compile(r"(?<=[^.?!:\s]\s+[\"'(]?)\p{Lu}[\p{L}\p{M}]+")  # 
 
 def reading_job(config: Config, base: BaseModel, questions: Job) -> Job:
     """Describe the stage; every unit needs the unit of the same name of the question stage."""
-    how_many = {"share": config.reading.share, "num_passages": config.serve.retrieval_passages}
+    # As many as one epoch has, if all new questions make up the corpus's part of it.
+    per_question = min(1.0, config.reading.share / (1 - sum(config.shares.values())))
+    how_many = {"per_question": per_question, "num_passages": config.serve.retrieval_passages}
     return Job(
         Stage(config.run_dir, READING, ANSWER),
         {
@@ -57,13 +59,13 @@ def reading_job(config: Config, base: BaseModel, questions: Job) -> Job:
 
 
 class ReadingWriter:
-    """One unit is a share of the new questions about one shard of passages."""
+    """One unit is some of the new questions about one shard of passages."""
 
     def __init__(
         self,
         run_dir: str,
         settings: AnswerSection,
-        share: float,
+        per_question: float,
         num_passages: int,
         engine: Engine,
         previous_run: str | None = None,
@@ -72,7 +74,7 @@ class ReadingWriter:
         self._questions = Stage(run_dir, "question", QUESTION)
         self._reading = Stage(run_dir, READING, ANSWER)
         self._settings = settings
-        self._share = share
+        self._per_question = per_question
         self._num_passages = num_passages
         self._engine = engine
         self._previous = PreviousRun(previous_run)
@@ -87,7 +89,7 @@ class ReadingWriter:
         chance = random.Random(seed_of(READING, unit["name"], settings.seed))
         index, names = PassageIndex.build(passages), names_in(passages["text"].to_pylist())
         rows, rejected = [], []
-        for question in chance.sample(questions, math.ceil(self._share * len(questions))):
+        for question in chance.sample(questions, math.ceil(self._per_question * len(questions))):
             answer_id, text = digest(READING, question["question_id"], settings.seed), question["text"]
             found = [hit.passage for hit in index.search(text, self._num_passages)]
             altered = exchange([titled(row["text"], row["heading"]) for row in found], text, names, chance)
