@@ -78,7 +78,8 @@ class Section(BaseModel):
 
 class Model(Section):
     path: Location
-    """Folder of the base model in Hugging Face format (config.json, safetensors, tokenizer, chat template)."""
+    """Folder of the base model in Hugging Face format (config.json, safetensors, tokenizer, chat template), the same on
+    every node; no URI."""
     max_model_len: int = Field(default=2048, ge=256)
     """Longest prompt plus reply, in tokens."""
     engine: dict[str, Any] = {}
@@ -147,7 +148,7 @@ class AnswerSection(Sampling):
     per_question: int = Field(default=1, ge=1)
     """Answers sampled for each question."""
     top_k: int = Field(default=20, ge=1, le=1000)
-    """Teacher log-probabilities stored for each answer token."""
+    """Teacher log-probabilities stored for each answer token; has nothing to do with how answers are sampled."""
     max_tokens: int = Field(default=128, ge=1)
     """Longest answer."""
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -183,7 +184,8 @@ class Reading(Section):
     wrong there, and it goes on reading what it is given, as the base model does."""
 
     share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of these among the samples of every epoch; 0 leaves them out. Each is as long as its passages."""
+    """Share of these among the samples of every epoch; 0 leaves them out. Each is as long as its passages, which are
+    `serve.retrieval_passages`, and so costs as much as several others."""
 
 
 class FilterSection(Section):
@@ -235,8 +237,8 @@ class Lora(Section):
 
 class Train(Section):
     teacher: Literal["stored", "online", "sft", "raw_text"] = "stored"
-    """Signal: the stored top-k, the same weights with the passage in the prompt, the answer's own tokens, or the
-    passages' own tokens without any question."""
+    """Signal: `stored`, the answers' top-k; `online`, the same weights with the passage in the prompt; `sft`, the
+    answers' own tokens; `raw_text`, the passages' own tokens without any question."""
     lora: Lora = Lora()
     epochs: int = Field(default=4, ge=1)
     """Passes over the answers."""
@@ -251,10 +253,11 @@ class Train(Section):
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Softens both distributions in the loss; the paper uses 2."""
     batch_tokens: int = Field(default=1024, ge=64)
-    """Tokens of all workers together in one optimiser step, as they lie in the rows."""
+    """Tokens of all workers together in one optimiser step: batch_tokens / row_tokens rows. Each worker needs one at
+    least, and GPUs want many: raise it with them."""
     row_tokens: int = Field(default=256, ge=64)
     """Length of one packed row, in tokens; several samples share it, and the opening of their prompts, without seeing
-    each other."""
+    each other. A longer sample has a row of its own and counts as several."""
     micro_rows: int = Field(default=4, ge=1)
     """Packed rows in one forward and backward pass."""
     loss_chunk: int = Field(default=256, ge=1)
@@ -291,7 +294,7 @@ class Judge(Section):
     model: str | None = None
     """Name of the model at the endpoint; unset: the base model grades, in the local engine."""
     url: str | None = None
-    """Address of the endpoint, ending in /v1; unset: OpenAI's own."""
+    """Address of the endpoint of `model`, ending in /v1; unset: OpenAI's own."""
     max_tokens: int = Field(default=160, ge=32)
     """Longest grading, its reasons included."""
     concurrency: int = Field(default=16, ge=1)
@@ -305,8 +308,8 @@ class Evaluate(Section):
     max_questions: int | None = Field(default=None, ge=1)
     """Use only the first this many."""
     held_out: int = Field(default=100, ge=0)
-    """Without a file: at most so many of the written questions are kept out of training for measuring: a tenth of those
-    written now and, in an update, those that the previous run kept out."""
+    """Without a file: at most so many of the written questions, and at most a tenth of them, are kept out of training
+    for measuring; in an update also those that the previous run kept out."""
     near_duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
     """A training question whose words are this much those of an evaluation question (Jaccard) is not trained on."""
     baselines: list[Literal["sft", "raw_text"]] = []
@@ -329,7 +332,8 @@ class Evaluate(Section):
 
 
 class Gate(Section):
-    """Thresholds that an adapter must reach to be published; what could not be measured is not held against it."""
+    """Thresholds that an adapter must reach to be published; what could not be measured is not held against it. A
+    `max_` of 1 (of the KL: 100) and a `min_gap_closed` of -100 let everything through."""
 
     min_gap_closed: float | None = 0.1
     """Least share of the gap between closed book and gold passage that it closes."""
@@ -391,7 +395,7 @@ class Serve(Section):
     """Requests that may wait for a replica; above it clients get 503 with Retry-After."""
     max_requests_per_key: int = Field(default=64, ge=1)
     """Answers that one API key may have in work or waiting, so that others' wait is bounded; above it 429. A request
-    makes `n` for each of its prompts, and one that makes more than this gets 400, with a key and without."""
+    counts `n` for each of its prompts. One that alone makes more than this gets 400, with a key and without."""
     max_body_kb: int = Field(default=1024, ge=1)
     """Largest request body, in KiB; above it 413."""
     request_timeout_s: float = Field(default=120, gt=0)
@@ -404,7 +408,8 @@ class Serve(Section):
     """Who answers a request with `"retrieval"`: the adapter, the base model, or the one of them that scored better with
     retrieved passages when the adapter was evaluated."""
     auto_min_score: float = Field(default=0.2, ge=0, le=1)
-    """Share of the question's weight that a passage must hold for `model: "auto"` to choose its corpus."""
+    """Share of the question's words, rare ones counting more, that a passage must hold for `model: "auto"` to choose
+    its corpus."""
 
     @model_validator(mode="after")
     def _check(self) -> "Serve":
@@ -451,7 +456,8 @@ class Config(Section):
     run_dir: Location
     """Folder or bucket URI that holds everything one run makes."""
     max_reject_share: float = Field(default=0.9, gt=0, le=1)
-    """A stage that rejects a larger share of its rows stops the run; duplicates and general prompts do not count."""
+    """A stage that rejects a larger share of its rows stops the run; duplicate documents and general prompts do not
+    count."""
     corpora: Location | None = None
     """Folder of many corpora, one in each of its folders, that get an adapter each; `{corpus}` in a setting
     outside [model] and [cluster] stands for the folder's name."""

@@ -24,6 +24,7 @@ from pipeline.filter import filter_answers
 from pipeline.held_out import load_questions, read_questions
 from pipeline.prompts import question_chat, teacher_chat
 from pipeline.read import read_documents
+from pipeline.reading import READING
 from pipeline.resources import cluster_address, compute_dtype, loaded_bytes, model_fits
 from pipeline.schema import ANSWER, PASSAGE
 from pipeline.stage import only
@@ -65,7 +66,7 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     times = {
         "question": scale,
         "answer": scale,
-        "reading": scale,
+        READING: scale,
         "filter": scale,
         "general": (config.general.prompts + config.general.held_out) / SAMPLE_PROMPTS,
         "train": scale * config.train.epochs,
@@ -133,7 +134,7 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
 def price(config: Config, seconds: dict[str, float]) -> dict[str, float]:
     """Return the hours of the cluster and of the GPUs at work, and the cost of the former."""
     cluster, hours = config.cluster, sum(seconds.values()) / 3600
-    gpus = dict.fromkeys(("question", "answer", "general"), cluster.num_engines * cluster.engine_gpus)
+    gpus = dict.fromkeys(("question", "answer", "general", READING), cluster.num_engines * cluster.engine_gpus)
     gpus |= {"train": cluster.num_workers * cluster.worker_gpus, "evaluate": cluster.engine_gpus}
     total = {"hours": round(hours, 3)}
     if gpu_seconds := sum(gpus.get(name, 0) * value for name, value in seconds.items()):

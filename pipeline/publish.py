@@ -74,6 +74,12 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     elif (now := manifest | measured | ({"forced": forced} if forced else {})) != manifest:
         manifest = now  # the same adapter was evaluated anew, or forced
         (adapters / version).write_json(MANIFEST, manifest)
+    if manifest["rank"] > config.serve.max_rank:
+        print(
+            f"publish: its rank is {manifest['rank']}, and an endpoint with serve.max_rank = {config.serve.max_rank} "
+            "will refuse it; raise that",
+            file=sys.stderr,
+        )
     if version in alias.get("before", []):
         print(
             f"publish: {config.publish.name} goes on meaning {alias['version']}, not {version}, which it meant before; "

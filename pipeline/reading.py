@@ -2,7 +2,7 @@
 
 In: one shard of questions per unit, and its passages. Out: the base model's answers to some of them, with its own
 top-k, and with retrieved passages in the prompt, the student's as well. There names and numbers are exchanged, so that
-what the student remembers is wrong, and only what it reads is right (entity substitution, Longpre et al. 2021).
+what the student remembers of them is wrong, and only what it reads is right (entity substitution, Longpre et al. 2021).
 """
 
 import math
@@ -26,20 +26,19 @@ from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
 READING = "reading"
-_NAME_OR_NUMBER = regex.compile(r"\p{Lu}[\p{L}\p{M}]+|\d+")
-_WORD = regex.compile(r"\p{Ll}[\p{L}\p{M}]+")
-_NAME_INSIDE = regex.compile(r"(?<=[^.?!:\s]\s+[\"'(]?)\p{Lu}[\p{L}\p{M}]+")  # not what only begins a sentence
+_NAME_OR_NUMBER = regex.compile(r"\b(?:\p{Lu}[\p{L}\p{M}]+|\d+)\b")
+_WORD = regex.compile(r"\b\p{Ll}[\p{L}\p{M}]+")
+_NAME_INSIDE = regex.compile(r"(?<=[^.?!:\s]\s+[\"'(]?)\p{Lu}[\p{L}\p{M}]+\b")  # not what only begins a sentence
 
 
 def reading_job(config: Config, base: BaseModel, questions: Job) -> Job:
     """Describe the stage; every unit needs the unit of the same name of the question stage."""
-    # As many as one epoch has, if all new questions make up the corpus's part of it.
-    per_question = min(1.0, config.reading.share / (1 - sum(config.shares.values())))
-    how_many = {"per_question": per_question, "num_passages": config.serve.retrieval_passages}
+    share, num_passages = config.reading.share, config.serve.retrieval_passages
     return Job(
         Stage(config.run_dir, READING, ANSWER),
         {
-            **how_many,
+            "share": share,
+            "num_passages": num_passages,
             "answer": config.answer.model_dump(),
             "max_model_len": config.model.max_model_len,
             "model": base.identity(),
@@ -51,8 +50,10 @@ def reading_job(config: Config, base: BaseModel, questions: Job) -> Job:
         {
             "run_dir": config.run_dir,
             "settings": config.answer,
+            # As many as one epoch has, if all new questions make up the corpus's part of it.
+            "per_question": min(1.0, share / (1 - sum(config.shares.values()))),
+            "num_passages": num_passages,
             "previous_run": config.update.previous_run,
-            **how_many,
         },
         config.max_reject_share,
     )
@@ -83,27 +84,29 @@ class ReadingWriter:
         from pipeline.retrieve import PassageIndex
 
         settings, before = self._settings, self._engine.stats
-        passages = self._passages.read_shard(f"{unit['name']}.parquet")
-        had = self._previous.rows("question", passages.to_pylist())["question_id"].combine_chunks()
+        table = self._passages.read_shard(f"{unit['name']}.parquet")
+        index, passages = PassageIndex.build(table), {row["passage_id"]: row for row in table.to_pylist()}
+        names = names_in([titled(row["text"], row["heading"]) for row in passages.values()])
+        had = self._previous.rows("question", list(passages.values()))["question_id"].combine_chunks()
         questions = self._questions.read_unit(unit["name"]).filter(~pc.field("question_id").isin(had)).to_pylist()
         chance = random.Random(seed_of(READING, unit["name"], settings.seed))
-        index, names = PassageIndex.build(passages), names_in(passages["text"].to_pylist())
         rows, rejected = [], []
-        for question in chance.sample(questions, math.ceil(self._per_question * len(questions))):
-            answer_id, text = digest(READING, question["question_id"], settings.seed), question["text"]
-            found = [hit.passage for hit in index.search(text, self._num_passages)]
-            altered = exchange([titled(row["text"], row["heading"]) for row in found], text, names, chance)
-            asked, count = retrieval_question(
-                [{"text": passage, "heading": ""} for passage in altered], text, self._fits
+        for row in chance.sample(questions, math.ceil(self._per_question * len(questions))):
+            answer_id, question = digest(READING, row["question_id"], settings.seed), row["text"]
+            found = [hit.passage for hit in index.search(question, self._num_passages)]
+            found = found or [passages[row["passage_id"]]]  # it finds no words of scripts without spaces
+            texts = exchange(
+                [titled(passage["text"], passage["heading"]) for passage in found], question, names, chance
             )
+            asked, count = retrieval_question([{"text": text, "heading": ""} for text in texts], question, self._fits)
             if count:
-                rows.append((answer_id, question["question_id"], asked))
+                rows.append((answer_id, row["question_id"], asked))
             else:
                 rejected.append(Rejected(READING, answer_id, "too_long", "no room for a passage"))
         seed = seed_of(settings.seed, *(row[0] for row in rows))
-        table = answer_alone(self._engine, rows, seed, settings, settings.top_k)
-        stats = self._engine.stats.since(before) | {"tail_mass_sum": float(tail_mass(table, settings.top_k).sum())}
-        return self._reading.commit(unit["name"], [table], rejected, len(rows) + len(rejected), stats)
+        answers = answer_alone(self._engine, rows, seed, settings, settings.top_k)
+        stats = self._engine.stats.since(before) | {"tail_mass_sum": float(tail_mass(answers, settings.top_k).sum())}
+        return self._reading.commit(unit["name"], [answers], rejected, len(rows) + len(rejected), stats)
 
     def _fits(self, asked: str) -> bool:
         return self._engine.fits(student_chat(asked), self._settings.max_tokens)
@@ -116,14 +119,15 @@ def names_in(texts: Sequence[str]) -> list[str]:
 
 
 def exchange(texts: Sequence[str], question: str, names: Sequence[str], chance: random.Random) -> list[str]:
-    """Give every name that of another, and every number other digits, each the same wherever it stands.
+    """Give every name that of another, and every number another, each the same wherever it stands.
 
     What stands in the question stays, so that it still fits the texts. A number keeps its first digit, so that a year
     stays one.
     """
     kept = {word.lower() for word in _NAME_OR_NUMBER.findall(question)}
     pool = [name for name in names if name.lower() not in kept]
-    others = dict(zip(pool, chance.sample(pool, len(pool)), strict=True))
+    chance.shuffle(pool)
+    others = dict(zip(pool, pool[1:] + pool[:1], strict=True))
     return [_NAME_OR_NUMBER.sub(partial(_other, kept, others, chance), text) for text in texts]
 
 
@@ -132,6 +136,7 @@ def _other(kept: set[str], others: dict[str, str], chance: random.Random, found:
     if word.lower() in kept:
         return word
     if word.isdecimal() and word not in others:
-        first, rest = ("", word) if len(word) == 1 else (word[0], word[1:])
-        others[word] = first + "".join(chance.choice("123456789") for _ in rest)
+        first, rest = (word[0], word[1:-1]) if len(word) > 1 else ("", "")
+        drawn = [chance.choice("0123456789") for _ in rest]
+        others[word] = "".join([first, *drawn, chance.choice("123456789".replace(word[-1], ""))])
     return str(others.get(word, word))

@@ -32,7 +32,7 @@ from pipeline.store import PROGRESS_S, Stage, Unit
 
 CODE = Path(__file__).resolve().parent.parent
 # What workers do not need of it; the code alone is well under a megabyte.
-NOT_CODE = [".git", ".venv", ".models", "runs", "registry", "tests", "benchmarks/results", "**/__pycache__"]
+NOT_CODE = [".git", ".venv", ".models", "models", "runs", "registry", "tests", "benchmarks/results", "**/__pycache__"]
 _OBJECT_STORE = 256 << 20  # bytes; rows stay in shards, so only unit names pass through it
 SMALL_PIECES = 128  # the work ends with so many pieces, at least, of a single unit
 WATCHED_STAGES = 64  # of more than these, their units move the bar

@@ -6,7 +6,7 @@ from pipeline.reading import exchange, names_in
 
 TEXTS = [
     "The mill on the River Arden was built in 1874 by Rosa Lindqvist. Lindqvist sold it to Emil Tarn in 1880.",
-    "The river at the mill of Rosa Lindqvist, near Sabel, is 4 metres deep.",
+    "The river at the mill of Rosa Lindqvist, near Sabel, is 4 metres deep. Its garden is older.",
 ]
 NAMES = ["Arden", "Emil", "Lindqvist", "Rosa", "Sabel", "Tarn"]
 
@@ -22,8 +22,9 @@ def test_names_and_numbers_are_exchanged_alike_in_all_texts() -> None:
         others = dict(zip(before, words, strict=True))
         assert [others[word] for word in before] == words, "a word becomes the same wherever it stands"
         assert sorted(others[name] for name in NAMES) == NAMES, "no name is lost, none comes from elsewhere"
+        assert all(others[word] != word for word in [*NAMES, "1874", "1880", "4"])
         assert all(others[word] == word for word in before if word not in NAMES and not word.isdigit())
-        assert others["1874"][0] == "1" and others["1874"] != "1874" != others["1880"] and len(others["4"]) == 1
+        assert [len(others[number]) for number in ("1874", "4")] == [4, 1] and others["1874"][0] == "1"
 
 
 def test_what_the_question_names_stays() -> None:
