@@ -71,6 +71,8 @@ def read_questions(field: str, uri: str | None, limit: int | None = None) -> lis
         if name in questions:
             raise ValueError(f"{where}: another line has the id {name!r}, too")
         questions[name] = TestQuestion(name, row["question"], row["answers"], row["context"], str(row.get("kind", "")))
+    if not questions:
+        raise ValueError(f"{field} = {uri!r} has no questions; give some, or remove the setting")
     return list(questions.values())
 
 

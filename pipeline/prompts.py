@@ -108,7 +108,7 @@ _DANGLING = re.compile(
     re.IGNORECASE,
 )
 _DECLINES = re.compile(
-    r"\b(?:I|we)(?: am|'m| do|'ve| have| could| can)?\s?(?:not|n't|no|cannot|can't|unable)\b"
+    r"\b(?:I|we)(?: am|'m| was| do|'ve| have| could| can)?\s?(?:not|n't|no|cannot|can't|unable)\b"
     r"|\bno (?:\w+ )?(?:information|record|evidence|knowledge|mention)\b"
     r"|\bnot (?:known|aware|familiar|sure|available|specified|a real)\b"
     r"|\b(?:unknown|unaware|unclear|fictional|fictitious|there is no|(?:does not|doesn't) (?:exist|appear))\b",
@@ -229,7 +229,7 @@ def parse_grade(text: str) -> bool | None:
 
 def declines(reply: str) -> bool:
     """True if a reply says that it does not know, or that there is no such thing."""
-    return bool(_DECLINES.search(reply))
+    return bool(_DECLINES.search(reply.replace("\u2019", "'")))
 
 
 def titled(passage: str, heading: str) -> str:

@@ -14,6 +14,7 @@ manifest says of its evaluation.
 import getpass
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -57,7 +58,7 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
         )
     manifest = (adapters / version).read_json(MANIFEST)
     measured = {"scores": evaluated.get("scores", {}), "metric": evaluated.get("metric", "substring_match")}
-    forced = {"by": getpass.getuser(), "reason": force or "", "past": failed} if failed else {}
+    forced = {"by": _user(), "reason": force or "", "past": failed} if failed else {}
     if manifest is None:
         print(f"publish: {config.publish.name}@{version}: indexing its passages", file=sys.stderr)
         manifest = write_version(
@@ -91,6 +92,13 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     return manifest | {"uri": str(adapters / version)}
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container, whose user has no name
+        return f"uid {os.getuid()}"
+
+
 def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
     """Return what an adapter's evaluation falls short of, one sentence for each threshold."""
     lost = evaluated.get("lost", {})
@@ -103,11 +111,11 @@ def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
     retrieval, previous = behind.get(("adapter_retrieval", "retrieval")), behind.get(("adapter", "previous"))
     closed = evaluated.get("gap_closed")
     # Negated, so that a NaN meets no threshold.
-    if gate.min_gap_closed is not None and closed is not None and not closed >= gate.min_gap_closed:
-        failed.append(
-            f"it closes {closed:.2f} of the gap, {gate.min_gap_closed - closed:.2f} less than min_gap_closed = "
-            f"{gate.min_gap_closed}"
-        )
+    if (least := gate.min_gap_closed) is not None:
+        if closed is not None and not closed >= least:
+            failed.append(f"it closes {closed:.2f} of the gap, {least - closed:.2f} less than min_gap_closed = {least}")
+        elif closed is None and (below := behind.get(("adapter", "closed_book"), 0.0)) > 0:
+            failed.append(f"it scores {below:.2f} less than the base model without it")
     for name, what, value, most in (
         ("max_kl_to_base", "its KL to the base model on general prompts", lost.get("kl_to_base"), gate.max_kl_to_base),
         ("max_general_loss", "its fall on general questions", falls["general_questions"], gate.max_general_loss),

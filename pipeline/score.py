@@ -1,7 +1,8 @@
 """Replies -> scores: the metrics, their intervals, and what follows from them.
 
 In: replies with the accepted answers, and points per question and arm. Out: numbers from 0 to 1, the report's figures.
-Pure functions. Intervals are 95 % percentile bootstrap over the questions; arms are compared question by question.
+Pure functions. Intervals are 95 % percentile bootstrap over the questions; arms are compared question by question, also
+by an exact sign test, as the bootstrap is too sure where few questions differ.
 """
 
 import re
@@ -131,9 +132,26 @@ def _compare(
         (arm, other): values[arm] - values[other] for arm, other in COMPARED if arm in values and other in values
     }
     return [
-        {"arm": arm, "over": other, "difference": mean(difference), "interval": spread(difference)}
+        {
+            "arm": arm,
+            "over": other,
+            "difference": mean(difference),
+            "interval": spread(difference),
+            "p": sign_test(difference),
+        }
         for (arm, other), difference in differences.items()
     ]
+
+
+def sign_test(differences: np.ndarray) -> float:
+    """Two-sided p of so uneven a split into questions that are better and worse, if either were as likely.
+
+    For points of 0 and 1 it is McNemar's test, exact (McNemar 1947).
+    """
+    from scipy.stats import binomtest
+
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def interval(values: Any, settings: Evaluate, least: float = 0.0) -> list[float]:

@@ -127,3 +127,10 @@ def test_blank_lines_are_no_questions(tmp_path: Path) -> None:
 def test_a_missing_question_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"evaluate\.questions .* no such file"):
         load_questions(Evaluate(questions=str(tmp_path / "none.jsonl")))
+
+
+def test_a_question_file_without_questions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"evaluate\.questions .* has no questions"):
+        load_questions(Evaluate(questions=str(path)))

@@ -179,6 +179,8 @@ def test_the_judge_sees_question_answers_and_reply_after_worked_examples_of_both
     [
         "I'm not aware of any prize of that name.",
         "I don't know.",
+        "I don\u2019t know.",
+        "I was unable to find it.",
         "I could not find any information about it.",
         "There is no record of such a person.",
         "It is unknown who wrote it.",

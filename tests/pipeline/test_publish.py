@@ -51,6 +51,10 @@ def test_a_good_adapter_passes() -> None:
             {"comparisons": [{"arm": "adapter", "over": "previous", "difference": -0.3}]},
             "below the version that clients have is 0.30, 0.10 more than max_previous_loss = 0.2",
         ),
+        (
+            {"gap_closed": None, "comparisons": [{"arm": "adapter", "over": "closed_book", "difference": -0.4}]},
+            "scores 0.40 less than the base model without it",
+        ),
         ({"gap_closed": NAN}, "closes nan of the gap"),
         ({"lost": GOOD["lost"] | {"kl_to_base": NAN}}, "nan more than max_kl_to_base"),
     ],

@@ -50,7 +50,9 @@ def evaluation() -> dict[str, Any]:
         "questions_from": "file",
         "metric": "substring_match",
         "scores": {arm: match[arm] | f1[arm] for arm in ARMS},
-        "comparisons": [{"arm": "adapter", "over": "closed_book", "difference": 0.375, "interval": [0.11, 0.63]}],
+        "comparisons": [
+            {"arm": "adapter", "over": "closed_book", "difference": 0.375, "interval": [0.11, 0.63], "p": 0.01}
+        ],
         "gap_closed": 0.5,
         "kl_to_teacher": {"closed_book": 1.25, "adapter": 0.75},
         "kl_to_teacher_interval": {"closed_book": [1.1, 1.4], "adapter": [0.71, 0.79]},
@@ -150,7 +152,7 @@ def test_what_matters_is_in_it(tmp_path: Path) -> None:
         "3 documents with better scores are left out",
         "has 8 right and 8 wrong. Shown are 6 wrong and 6 right ones",
         "Training rows that should have taught it Who built it? Rosa",
-        "no question about this passage reached the training data",
+        "share no word with the question, or none were trained on",
     ):
         assert wanted in seen, wanted
     hours = 450 * (len(SCHEMAS) + 1) / 3600

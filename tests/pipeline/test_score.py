@@ -5,7 +5,16 @@ import pytest
 from scipy.stats import binomtest
 
 from pipeline.config import Evaluate
-from pipeline.score import calibrate, compare_kl, group_means, interval, make_report, substring_match, token_f1
+from pipeline.score import (
+    calibrate,
+    compare_kl,
+    group_means,
+    interval,
+    make_report,
+    sign_test,
+    substring_match,
+    token_f1,
+)
 
 ENDS = ("closed_book", "adapter", "gold_passage")
 
@@ -83,6 +92,13 @@ def test_arms_are_compared_question_by_question() -> None:
     over_sft = next(row for row in report["comparisons"] if row["over"] == "sft")
     assert over_sft["difference"] == pytest.approx(1 / 40)
     assert 0 <= over_sft["interval"][0] < over_sft["interval"][1] < 0.1
+    assert over_sft["p"] == 1.0, "one question says nothing"
+
+
+@pytest.mark.parametrize(("better", "worse", "p"), [(0, 0, 1.0), (4, 0, 0.125), (9, 2, 0.0654), (0, 10, 0.00195)])
+def test_the_sign_test_is_exact(better: int, worse: int, p: float) -> None:
+    differences = np.array([0.5] * better + [-0.1] * worse + [0.0] * 20)
+    assert sign_test(differences) == pytest.approx(p, rel=0.01)
 
 
 def test_kl_is_the_mean_over_tokens_and_is_compared_answer_by_answer() -> None:
