@@ -337,7 +337,7 @@ class Gate(Section):
 
     min_gap_closed: float | None = 0.1
     """Least share of the gap between closed book and gold passage that it closes."""
-    max_kl_to_base: float | None = Field(default=0.5, ge=0)
+    max_kl_to_base: float | None = Field(default=0.3, ge=0)
     """Forgetting: most that it may differ from the base model on general prompts, in nats per token."""
     max_general_loss: float | None = Field(default=0.2, ge=0)
     """Forgetting: most that its share of right answers to general questions may fall."""
@@ -478,9 +478,9 @@ class Config(Section):
 
     @property
     def shares(self) -> dict[str, float]:
-        """What belongs to each group of samples beside the corpus's own, of those of an epoch, by its setting."""
-        replay = {"update.replay_share": self.update.replay_share} if self.update.previous_run else {}
-        return replay | {"general.share": self.general.share, "reading.share": self.reading.share}
+        """Shares of an epoch's samples by group; the rest are new answers about the corpus."""
+        replay_share = self.update.replay_share if self.update.previous_run else 0.0
+        return {"old": replay_share, "general": self.general.share, "reading": self.reading.share}
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -490,7 +490,9 @@ class Config(Section):
                 "of its own"
             )
         if sum(self.shares.values()) >= 1:
-            listed = " and ".join(f"{name} = {share}" for name, share in self.shares.items() if share)
+            names = ("update.replay_share", "general.share", "reading.share")
+            pairs = zip(names, self.shares.values(), strict=True)
+            listed = " and ".join(f"{name} = {share}" for name, share in pairs if share)
             raise ValueError(f"{listed} leave no room for the corpus; lower one")
         return self
 

@@ -129,11 +129,12 @@ def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
         "input": trained["data_digest"],
         "general": general.require()["data_digest"],
     }
+    if previous := previous_version(config, base, stage):
+        adapters["previous"] = previous
+        settings["previous"] = previous.name
     if not stage.open(settings, redo):
         print("evaluate: up to date", file=sys.stderr)
         return stage.require()
-    if previous := previous_version(config, base):
-        adapters["previous"] = previous
     print(f"evaluate: {len(questions)} questions, adapters {', '.join(adapters)}", file=sys.stderr)
     return Task(config, stage, questions, unrelated, adapters, [])
 
@@ -168,18 +169,20 @@ def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
     return report
 
 
-def previous_version(config: Config, base: BaseModel) -> Folder | None:
-    """Return the version that clients had before this adapter, if it is of this base model."""
+def previous_version(config: Config, base: BaseModel, stage: Stage) -> Folder | None:
+    """Return the version that clients have, if it is of this base model, to compare the run's adapter with.
+
+    One that was published already stays compared with what its evaluation was begun with.
+    """
     from pipeline.publish import ALIAS, MANIFEST, version_of_run
 
     adapters = Folder(config.publish.registry) / config.publish.name
     alias = adapters.read_json(ALIAS) or {}
-    own = version_of_run(config, base)
-    for version in (alias.get("version"), *alias.get("before", [])):
-        if version and version != own:
-            manifest = (adapters / version).read_json(MANIFEST)
-            return adapters / version if manifest and manifest["base_revision"] == base.revision else None
-    return None
+    version = alias.get("version")
+    if version_of_run(config, base) in (version, *alias.get("before", [])):
+        version = (stage.folder.read_json("settings.json") or {}).get("previous")
+    manifest = (adapters / version).read_json(MANIFEST) if version else None
+    return adapters / version if version and manifest and manifest["base_revision"] == base.revision else None
 
 
 def _measure_all(tasks: list[Task], base_path: str, replies: list[Any]) -> list[Any]:

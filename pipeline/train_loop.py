@@ -79,7 +79,7 @@ class TrainLoop:
         self.plan = plan_run(
             self.data.lengths(),
             (new + removed, *others),
-            (config.update.replay_share, config.general.share, config.reading.share),
+            [config.shares[group] for group in Groups._fields[2:]],
             settings.epochs,
             settings.batch_tokens,
             settings.row_tokens,

@@ -164,6 +164,13 @@ def test_an_update_has_a_run_directory_of_its_own(path: Path) -> None:
         load_config(path, ["run_dir=runs/a", "update.previous_run=runs/a/"])
 
 
+def test_shares_leave_room_for_the_corpus(path: Path) -> None:
+    shares = ("update.replay_share=0.5", "general.share=0.3", "reading.share=0.3")
+    assert load_config(path, shares).shares == {"old": 0.0, "general": 0.3, "reading": 0.3}
+    (line,) = errors(path, *shares, "update.previous_run=before")
+    assert "update.replay_share = 0.5 and general.share = 0.3 and reading.share = 0.3 leave no room" in line
+
+
 def test_paths_are_absolute_from_the_door_on(path: Path) -> None:
     config = load_config(path, ["run_dir=runs/a", "publish.registry=s3://bucket/registry"])
     assert config.run_dir == str(Path.cwd() / "runs" / "a")

@@ -5,9 +5,15 @@ from typing import Any
 
 import pytest
 
+import pipeline.publish
+from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
-from pipeline.publish import check_gate
+from pipeline.evaluate import previous_version
+from pipeline.publish import check_gate, move_alias
+from pipeline.schema import ANSWER
 from pipeline.status import require_evaluation, stages_of
+from pipeline.store import Folder, Stage
+from tests.conftest import make_config
 
 GOOD: dict[str, Any] = {
     "gap_closed": 0.6,
@@ -95,3 +101,28 @@ def test_the_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_everything_that_fails_is_named() -> None:
     assert len(check_gate({"gap_closed": 0.0, "lost": {"kl_to_base": 9.0}}, GATE)) == 2
+
+
+def test_an_adapter_is_compared_with_what_clients_have_until_it_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.publish, "version_of_run", lambda *_: "mine")
+    config = make_config(str(tmp_path / "run"), publish={"registry": str(tmp_path / "registry"), "name": "a"})
+    base = BaseModel("m", str(tmp_path), "1", "t", "c")
+    stage, adapters = Stage(config.run_dir, "evaluate", ANSWER), Folder(str(tmp_path / "registry")) / "a"
+
+    def compared_with() -> str | None:
+        previous = previous_version(config, base, stage)
+        return previous and previous.name
+
+    assert compared_with() is None
+    for version, revision in (("first", "1"), ("second", "1"), ("of-another-model", "2"), ("mine", "1")):
+        (adapters / version).write_json("manifest.json", {"base_revision": revision})
+    for version, compared in (("first", "first"), ("second", "second"), ("of-another-model", None)):
+        move_alias(adapters, version)
+        assert compared_with() == compared
+    stage.open({"previous": "first"})
+    move_alias(adapters, "mine")
+    assert compared_with() == "first"
+    move_alias(adapters, "second")
+    assert compared_with() == "first", "another version came, but this one is out"
