@@ -2,12 +2,13 @@
 
 In: the stage `dedup`. Out: the stage `chunk`. The passages of a document are its text, cut: joined they give
 it back, so whitespace is not trimmed. Text without Markdown goes the same way, and is cut at paragraphs,
-sentences and words. A word is cut only if it alone is longer than the limit.
+sentences and words. A word is cut only if it alone is longer than the limit. What a previous run cut out of the
+same file stays a passage where it still stands, so that a change does not move the cuts behind it.
 """
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from semantic_text_splitter import MarkdownSplitter
 from tokenizers import Tokenizer
 
 from pipeline.config import Chunk, Config
+from pipeline.previous import PassagesBySource
 from pipeline.prompts import UNSPACED
 from pipeline.schema import DOCUMENT, PASSAGE, Document, Passage, digest, to_table
 from pipeline.stage import Actors, Job, run_alike
@@ -111,7 +113,7 @@ class Splitter:
     def _shift_out_of_word(self, text: str, cuts: list[int], end: int) -> int:
         """Return the last of `cuts`, moved to the nearest space where both sides still fit."""
         cut = cuts[-1]
-        if len(cuts) > 1 and INSIDE_WORD.match(text, cut - 1):
+        if len(cuts) > 1 and _is_inside_word(text, cut):
             first, last = max(cuts[-2], cut - MAX_WORD_CHARS), min(end, cut + MAX_WORD_CHARS)
             before = re.search(r"\s(?=\S*\Z)", text[first:cut])
             if before and self.fits(text[first + before.end() : end]):
@@ -126,11 +128,43 @@ def _is_tiny(text: str) -> bool:
     return next(islice(re.finditer(r"\w", text), TINY_LETTERS - 1, None), None) is None
 
 
-def split_document(document: Document, splitter: Splitter) -> Iterator[Passage]:
-    """Yield the passages; the heading is the one in force at the first visible character."""
+def find_cuts_again(text: str, headings: list[Heading], splitter: Splitter, before: Iterable[str]) -> list[int]:
+    """Like `Splitter.find_cuts`, but what stands in the text of the passages `before`, in their order, stays one."""
+    kept: list[tuple[int, int]] = []
+    for passage in before:
+        behind = kept[-1][1] if kept else 0
+        start = text.find(passage, behind)
+        end = start + len(passage)
+        if start < 0 or _is_inside_word(text, start) or _is_inside_word(text, end):
+            continue
+        if start > behind and _is_tiny(text[behind:start]):  # it goes with a neighbour, which is cut anew
+            if not kept:
+                continue
+            kept.pop()
+        kept.append((start, end))
+    if kept and kept[-1][1] < len(text) and _is_tiny(text[kept[-1][1] :]):
+        kept.pop()
+    cuts, behind = [], 0
+    for start, end in [*kept, (len(text), len(text))]:
+        between = [h._replace(start=h.start - behind) for h in headings if behind <= h.start < start]
+        cuts += [behind + cut for cut in splitter.find_cuts(text[behind:start], between)]
+        cuts += [end] if end > start else []
+        behind = end
+    return cuts
+
+
+def _is_inside_word(text: str, place: int) -> bool:
+    return place > 0 and INSIDE_WORD.match(text, place - 1) is not None
+
+
+def split_document(document: Document, splitter: Splitter, before: Iterable[str] = ()) -> Iterator[Passage]:
+    """Yield the passages; the heading is the one in force at the first visible character.
+
+    `before` is the text of the passages that an earlier version of the document was cut into.
+    """
     headings = find_headings(document.text)
     start = 0
-    for end in splitter.find_cuts(document.text, headings):
+    for end in find_cuts_again(document.text, headings, splitter, before):
         text = document.text[start:end]
         visible = start + len(text) - len(text.lstrip())
         index = bisect_right(headings, visible, key=lambda heading: heading.start) - 1
@@ -146,11 +180,12 @@ def split_document(document: Document, splitter: Splitter) -> Iterator[Passage]:
 class ChunkWorker:
     """Splits the documents of one shard of `dedup`."""
 
-    def __init__(self, run_dir: str, config: Chunk, tokenizer_path: str) -> None:
+    def __init__(self, run_dir: str, config: Chunk, tokenizer_path: str, previous_run: str | None) -> None:
         self._input = Stage(run_dir, "dedup", DOCUMENT)
         self._stage = Stage(run_dir, "chunk", PASSAGE)
         self._splitter = Splitter(tokenizer_path, config.max_tokens)
         self._shard_passages = config.shard_passages
+        self._before = PassagesBySource(previous_run) if previous_run else None
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         documents = self._input.read_shard(unit["shard"])
@@ -158,7 +193,11 @@ class ChunkWorker:
 
     def _split(self, documents: pa.Table) -> Iterator[pa.Table]:
         rows = (Document(**row) for row in documents.to_pylist())
-        passages = (passage for row in rows for passage in split_document(row, self._splitter))
+        passages = (
+            passage
+            for row in rows
+            for passage in split_document(row, self._splitter, self._before.texts(row.source) if self._before else ())
+        )
         while shard := list(islice(passages, self._shard_passages)):
             yield to_table(shard, PASSAGE)
 
@@ -171,13 +210,24 @@ def chunk_documents(configs: list[Config], redo: bool = False) -> list[Any]:
 def chunk_job(config: Config) -> Job:
     """Describe the stage; it needs the complete stage `dedup`, and the tokenizer of the base model."""
     documents = Stage(config.run_dir, "dedup", DOCUMENT)
-    input_digest = documents.require()["data_digest"]
     tokenizer = digest(Path(config.model.path, "tokenizer.json").read_bytes())
+    settings: dict[str, Any] = config.chunk.model_dump() | {"tokenizer": tokenizer}
+    previous_run, before = config.update.previous_run, {}
+    if previous_run is not None:
+        manifest = Stage(previous_run, "chunk", PASSAGE).require()
+        # With another limit all is cut anew.
+        if all(manifest["settings"][name] == settings[name] for name in ("max_tokens", "tokenizer")):
+            before = {"previous": manifest["data_digest"]}
     return Job(
         Stage(config.run_dir, "chunk", PASSAGE),
-        config.chunk.model_dump() | {"input": input_digest, "tokenizer": tokenizer},
+        settings | {"input": documents.require()["data_digest"]} | before,
         ({"name": f"{number:06d}", "shard": shard} for number, shard in enumerate(documents.shards())),
         ChunkWorker,
-        {"run_dir": config.run_dir, "config": config.chunk, "tokenizer_path": config.model.path},
+        {
+            "run_dir": config.run_dir,
+            "config": config.chunk,
+            "tokenizer_path": config.model.path,
+            "previous_run": previous_run if before else None,
+        },
         config.max_reject_share,
     )

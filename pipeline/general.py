@@ -17,8 +17,8 @@ from pipeline.answer import answer_table, tail_mass
 from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
-from pipeline.previous import PreviousRun, previous_settings
-from pipeline.prompts import normalise, student_chat
+from pipeline.previous import PassagesBySource, PreviousRun, previous_settings
+from pipeline.prompts import content_words, normalise, student_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
@@ -111,27 +111,48 @@ def forgotten_job(config: Config, base: BaseModel) -> Job:
 
 
 class ForgottenWriter:
-    """One unit is one shard of the previous run's passages, of which it takes those that are not there any more."""
+    """One unit is one shard of the previous run's passages, of which it takes those that are not there any more.
+
+    Of a file that only changed, some of what they said still holds; questions about that are left out.
+    """
 
     def __init__(self, run_dir: str, previous_run: str, settings: AnswerSection, engine: Engine) -> None:
         self._stage = Stage(run_dir, FORGOTTEN, ANSWER)
         self._passages = Stage(previous_run, "chunk", PASSAGE)
         self._questions = Stage(previous_run, "question", QUESTION)
+        self._answers = Stage(previous_run, "answer", ANSWER)
         self._now = PreviousRun(run_dir)
+        self._before, self._after = PassagesBySource(previous_run), PassagesBySource(run_dir)
         self._settings = settings
         self._engine = engine
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         settings, before = self._settings, self._engine.stats
-        passages = self._passages.read_shard(f"{unit['name']}.parquet")
-        gone = pa.array([row["passage_id"] for row in passages.to_pylist() if not self._now.holds(row)], pa.string())
-        questions = self._questions.read_unit(unit["name"]).filter(pc.field("passage_id").isin(gone))
+        passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
+        gone = {row["passage_id"]: self._words_before_and_after(row) for row in passages if not self._now.holds(row)}
+        wrong = {
+            row["question_id"]
+            for row in self._answers.read_unit(unit["name"], ["question_id", "passage_id", "text"]).to_pylist()
+            if row["passage_id"] in gone and is_wrong_now(row["text"], *gone[row["passage_id"]])
+        }
+        questions = self._questions.read_unit(unit["name"])
+        questions = questions.filter(pc.field("question_id").isin(pa.array(sorted(wrong), pa.string())))
         rows = [
             (digest(FORGOTTEN, row["question_id"]), row["question_id"], row["text"]) for row in questions.to_pylist()
         ]
         seed = seed_of(FORGOTTEN, unit["name"], settings.seed)
         table = answer_alone(self._engine, rows, seed, settings, settings.top_k)
         return self._stage.commit(unit["name"], [table], [], len(rows), self._engine.stats.since(before))
+
+    def _words_before_and_after(self, passage: dict[str, Any]) -> tuple[set[str], set[str]]:
+        now = self._after.texts(self._before.source_of[passage["doc_id"]])
+        return content_words(passage["text"]), content_words(" ".join(now))
+
+
+def is_wrong_now(answer: str, said: set[str], now: set[str]) -> bool:
+    """True if an answer has a word of its passage that its file does not say any more, or nothing of it is left."""
+    gone = said - now
+    return gone == said or bool(gone & content_words(answer))
 
 
 def answer_alone(

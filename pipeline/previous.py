@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, digest
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, digest
 from pipeline.store import Folder, Stage, require_line
 
-CACHED_UNITS = 4
+CACHED_UNITS = 4  # and shards
 IDS = ("question_id", "answer_id")
 
 
@@ -88,6 +88,30 @@ class PreviousRun:
                 rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(ids, pa.string()))
         same = pa.array([new_id] * rows.num_rows, pa.string())
         return rows.set_column(rows.schema.get_field_index("passage_id"), "passage_id", same)
+
+
+class PassagesBySource:
+    """What a run cut each file, or row of one, into. Holds 500 bytes a document in memory."""
+
+    def __init__(self, run_dir: str) -> None:
+        documents, passages = Stage(run_dir, "dedup", DOCUMENT), Stage(run_dir, "chunk", PASSAGE)
+        self.source_of = {
+            row["doc_id"]: row["source"]
+            for shard in documents.shards()
+            for row in documents.read_shard(shard, ["doc_id", "source"]).to_pylist()
+        }
+        self._doc_ids = {source: doc_id for doc_id, source in self.source_of.items()}
+        self._shards: dict[str, list[str]] = {}
+        for shard in passages.shards():
+            for doc_id in pc.call_function("unique", [passages.read_shard(shard, ["doc_id"])["doc_id"]]).to_pylist():
+                self._shards.setdefault(doc_id, []).append(shard)
+        self._read = lru_cache(CACHED_UNITS)(lambda shard: passages.read_shard(shard, ["doc_id", "start", "text"]))
+
+    def texts(self, source: str) -> list[str]:
+        """Return the passages of what stands at this URI, in order; none if nothing does."""
+        doc_id = self._doc_ids.get(source, "")
+        tables = [self._read(shard).filter(pc.field("doc_id") == doc_id) for shard in self._shards.get(doc_id, [])]
+        return pa.concat_tables(tables).sort_by("start")["text"].to_pylist() if tables else []
 
 
 def _id_now(old: str, previous_passage_id: str, passage_id: str) -> str:

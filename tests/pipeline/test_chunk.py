@@ -3,6 +3,7 @@
 import random
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.chunk import MAX_WORD_CHARS, Splitter, chunk_documents, find_headings, split_document
-from pipeline.schema import PASSAGE, Document, Passage
+from pipeline.schema import PASSAGE, Document, Passage, digest
 from pipeline.stage import only
 from pipeline.store import Stage
 from tests.conftest import make_config, rows, write_documents
@@ -41,8 +42,9 @@ def splitter(tokenizer_dir: str) -> Splitter:
     return Splitter(tokenizer_dir, 64)
 
 
-def split(splitter: Splitter, text: str, title: str = "") -> list[Passage]:
-    return list(split_document(Document("doc", "source", title, text), splitter))
+def split(splitter: Splitter, text: str, title: str = "", before: Sequence[Passage] = ()) -> list[Passage]:
+    texts = [passage.text for passage in before]
+    return list(split_document(Document("doc", "source", title, text), splitter, texts))
 
 
 def assert_sound(passages: list[Passage], text: str, tokenizer_dir: str, max_tokens: int) -> None:
@@ -91,6 +93,33 @@ def test_random_markdown(tokenizer_dir: str, seed: int, max_tokens: int) -> None
     text = " ".join(generator.choices(pieces, k=generator.randrange(1, 2500)))
     passages = split(Splitter(tokenizer_dir, max_tokens), text)
     assert_sound(passages, text, tokenizer_dir, max_tokens)
+
+
+PLAIN = " ".join(f"Sentence {number} is about mill {number * 7} and its wheel." for number in range(300))
+
+
+@pytest.mark.parametrize("place", [0, 1000, len(PLAIN)])
+@pytest.mark.parametrize("new", ["One more sentence has come in and is long enough for a passage. ", "Short. "])
+def test_a_change_moves_no_cut_behind_it(splitter: Splitter, tokenizer_dir: str, place: int, new: str) -> None:
+    before = split(splitter, PLAIN)
+    place = PLAIN.rfind(" ", 0, place) + 1 if place < len(PLAIN) else place
+    text = f"{PLAIN[:place]} {new}{PLAIN[place:]}"
+    after = split(splitter, text, before=before)
+    assert_sound(after, text, tokenizer_dir, 64)
+    assert len({passage.text for passage in before} - {passage.text for passage in after}) <= 2
+    assert len(after) <= len(before) + 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_edit_leaves_sound_passages(splitter: Splitter, tokenizer_dir: str, seed: int) -> None:
+    generator = random.Random(seed)
+    pieces = [*WORDS, "word.\n\n", "\n## Part\n\n", "中文。", "\n- item\n"]
+    before = [" ".join(generator.choices(pieces, k=generator.randrange(1, 200))) for _ in range(8)]
+    after = [part for part in before if generator.random() < 0.7]
+    generator.shuffle(after[: len(after) // 2])
+    after.insert(generator.randrange(len(after) + 1), generator.choice(["", "in", " and ", PLAIN[:2000]]))
+    text = generator.choice(["", " "]).join(after)
+    assert_sound(split(splitter, text, before=split(splitter, "".join(before))), text, tokenizer_dir, 64)
 
 
 def test_words_stay_whole(splitter: Splitter) -> None:
@@ -174,3 +203,20 @@ def test_chunk_stage(local_ray: None, run_dir: str, tmp_path: Path, tokenizer_di
     assert chunk() == manifest
     with pytest.raises(ValueError, match="max_tokens"):
         chunk(32)
+
+
+def test_a_file_that_changed_keeps_the_passages_that_it_still_has(
+    local_ray: None, run_dir: str, tmp_path: Path, tokenizer_dir: str
+) -> None:
+    def chunk(run_dir: str, text: str, **update: str) -> list[str]:
+        write_documents(run_dir, "dedup", [[Document(digest(text), "plain.txt", "", text)]])
+        sections = {"chunk": {"max_tokens": 64}, "model": {"path": tokenizer_dir}, "update": update}
+        only(chunk_documents([make_config(run_dir, **sections)]))
+        return [row["text"] for row in rows(Stage(run_dir, "chunk", PASSAGE))]
+
+    before = chunk(run_dir, PLAIN)
+    changed = f"A preface was written for the mill, and tells of its wheel. {PLAIN}"
+    after = chunk(str(tmp_path / "after"), changed, previous_run=run_dir)
+    assert after[-len(before) + 2 :] == before[2:]
+    anew = chunk(str(tmp_path / "anew"), changed)
+    assert len(set(before) & set(anew)) < len(before) / 2, "without it most passages would be others"

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.engine import Completion
-from pipeline.general import HELD_OUT, reasons_against
+from pipeline.general import HELD_OUT, is_wrong_now, reasons_against
+from pipeline.prompts import content_words
 from pipeline.schema import ANSWER, REASONS
 from pipeline.store import Stage
 from pipeline.training_data import training_tables
@@ -50,3 +51,19 @@ def test_a_prompt_for_measuring_is_not_trained_on(tmp_path: Path) -> None:
         stage.commit(unit, [table], [], table.num_rows)
     (trained,) = training_tables(make_config(str(tmp_path))).general
     assert trained["prompt_ids"].to_pylist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "now", "is_wrong"),
+    [
+        ("It opened in 1962.", "The telescope opened in 1971 and weighs 31 tonnes.", True),
+        ("It weighs 31 tonnes.", "The telescope opened in 1971 and weighs 31 tonnes.", False),
+        ("Yes.", "The telescope opened in 1971 and weighs 31 tonnes.", False),
+        ("It weighs 31 tonnes.", "A preface. The telescope opened in 1962 and weighs 31 tonnes.", False),
+        ("It weighs 31 tonnes.", "The mill has a wheel.", True),
+        ("Yes.", "", True),
+    ],
+)
+def test_only_what_a_changed_file_says_no_more_is_to_be_forgotten(answer: str, now: str, is_wrong: bool) -> None:
+    said = content_words("The telescope opened in 1962 and weighs 31 tonnes.")
+    assert is_wrong_now(answer, said, content_words(now)) == is_wrong
