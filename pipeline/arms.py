@@ -52,6 +52,7 @@ class Replies(NamedTuple):
     general: dict[str, list[str]]  # to the shipped general questions, by closed_book and adapter
     unrelated: dict[str, list[str]]
     reading: dict[str, list[str]]  # to the unrelated questions with their passages in the prompt
+    stats: dict[str, float]  # of the engine
 
 
 def general_questions() -> list[dict[str, Any]]:
@@ -87,7 +88,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     from pipeline.engine import render_chat
     from pipeline.retrieve import PassageIndex, passages_of
 
-    config = task.config
+    config, before = task.config, engine.stats
     engine.on_progress = partial(task.stage.write_progress, "questions")
     settings = config.answer.model_copy(
         update={"temperature": 0.0, "per_question": 1, "max_tokens": config.evaluate.max_tokens}
@@ -161,6 +162,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
             {arm: [reply.text for reply in ask(general, path, short)] for arm, path in both},
             {arm: [reply.text for reply in ask(others, path)] for arm, path in both},
             {arm: [reply.text for reply in ask(reading, path)] for arm, path in both},
+            engine.stats.since(before),
         )
 
 

@@ -146,7 +146,7 @@ def _close(task: Task, replies: Replies, measured: dict[str, Any], seconds: floa
     lost = _lost(replies, task.unrelated, task.config.evaluate)
     lost |= {"kl_to_base": measured["kl_to_base"].get("adapter"), "prompts": measured.pop("general_prompts")}
     kl = compare_kl(measured.pop("kl_to_teacher"), measured.pop("answer_tokens"), task.config.evaluate)
-    return task.stage.close(seconds, report | measured | kl | {"lost": lost})
+    return task.stage.close(seconds, report | measured | kl | {"lost": lost, "stats": replies.stats})
 
 
 def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:

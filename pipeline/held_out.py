@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config, Evaluate
 from pipeline.previous import PreviousRun
-from pipeline.prompts import normalise, titled
+from pipeline.prompts import normalise, split_words, titled
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.store import Stage, open_uri
 
@@ -151,7 +151,7 @@ class NearQuestions:
 
     def __init__(self, held_out: HeldOut) -> None:
         self._threshold = held_out.threshold
-        self._words = [frozenset(normalise(text).split()) for text in held_out.texts]
+        self._words = [frozenset(split_words(normalise(text))) for text in held_out.texts]
         self._with_word: dict[str, list[int]] = {}
         for index, words in enumerate(self._words):
             for word in words:
@@ -163,7 +163,7 @@ class NearQuestions:
 
     def find(self, question: str) -> list[int]:
         """Return which evaluation questions it nearly repeats: the Jaccard similarity of the words says so."""
-        words = set(normalise(question).split())
+        words = set(split_words(normalise(question)))
         shared = Counter(index for word in words for index in self._with_word.get(word, ()))
         return [
             index

@@ -120,6 +120,7 @@ _ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(
 # Scripts that put no spaces between words, their punctuation, and emoji.
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff"
 _DENSE = re.compile(rf"[{UNSPACED}\ua000-\uf8ff]")  # these and syllabic scripts, Hangul above all: a letter says much
+_BETWEEN_SPACES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _WORD = regex.compile(r"[\w\p{M}]+")  # with the vowel signs of Indic scripts, which are no letters to Python
 _QUESTION_END = regex.compile(r"(?:[?\uff1f\u061f\u037e]|\p{Greek}\s?;)$")
 _COMMON = frozenset(
@@ -260,6 +261,11 @@ def parse_questions(reply: str) -> list[str]:
 def normalise(text: str) -> str:
     """Lower-case words without punctuation, for comparing texts."""
     return " ".join(_WORD.findall(text.lower()))
+
+
+def split_words(text: str) -> list[str]:
+    """Return what stands between spaces, and of scripts that have none the characters."""
+    return _BETWEEN_SPACES.findall(text)
 
 
 def content_words(text: str) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Evaluate
+from pipeline.prompts import split_words
 
 # The name and what answers, in the order of a table: from what knows nothing to what reads everything.
 ARMS = {
@@ -60,11 +61,14 @@ def substring_match(reply: str, answers: Sequence[str]) -> bool:
 
 
 def token_f1(reply: str, answers: Sequence[str]) -> float:
-    """Harmonic mean of token precision and recall, the best over the accepted answers (SQuAD)."""
-    given = normalise_answer(reply).split()
+    """Harmonic mean of token precision and recall, the best over the accepted answers (SQuAD).
+
+    In scripts without spaces between words a character is a token, as in MLQA (Lewis et al. 2020).
+    """
+    given = split_words(normalise_answer(reply))
 
     def f1(answer: str) -> float:
-        wanted = normalise_answer(answer).split()
+        wanted = split_words(normalise_answer(answer))
         common = sum((Counter(given) & Counter(wanted)).values())
         return 2 * common / (len(given) + len(wanted)) if common else 0.0
 

@@ -90,6 +90,7 @@ def test_near_questions_share_most_words() -> None:
     assert near.holds("who built the Kestrel Mill on the Arden?")
     assert not near.holds("Who owned the Orrin Lens on the River Arden?")
     assert not near.holds("")
+    assert NearQuestions(HeldOut(frozenset(), ["谁建造了克斯特雷尔磨坊"], 0.8)).holds("谁建造了克斯特雷尔的磨坊")
 
 
 @pytest.mark.parametrize(

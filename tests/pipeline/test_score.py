@@ -40,6 +40,11 @@ def test_token_f1_takes_the_best_answer() -> None:
     assert token_f1("nothing", ["Rosa"]) == 0.0
 
 
+def test_without_spaces_characters_are_tokens() -> None:
+    assert token_f1("磨坊由罗莎建造", ["罗莎建造了磨坊"]) == pytest.approx(2 * 6 / 14)
+    assert token_f1("建于1874年", ["1874年"]) == pytest.approx(2 * 2 / 6)
+
+
 def test_intervals_hold_the_mean_and_shrink_with_more_questions() -> None:
     settings = Evaluate(bootstrap_resamples=500)
     low, high = interval([0.0, 1.0] * 20, settings)
