@@ -54,7 +54,7 @@ max_tokens = 16
 [publish]
 registry = "{folder}/registry"
 name = "{{corpus}}"
-gate = {{ min_gap_closed = -99.0, max_kl_to_base = 99.0, max_retrieval_loss = 1.0 }}
+gate = {{ min_gap_closed = -99.0, max_closed_book_loss = 1.0, max_kl_to_base = 99.0, max_retrieval_loss = 1.0 }}
 [cluster]
 kv_cache_gb = 1
 """

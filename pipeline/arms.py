@@ -105,17 +105,15 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         return engine.fits(student_chat(asked), settings.max_tokens)
 
     def with_passages(passages: list[list[dict[str, Any]]], asked: list[TestQuestion] = questions) -> list[Any]:
-        chats = []
-        for question, found in zip(asked, passages, strict=True):
-            text, count = retrieval_question(found, question.question, fits)
-            if found and not count:
-                raise ValueError(
-                    f"the passage for the evaluation question {question.id!r} is too long; shorten it, lower "
-                    "evaluate.max_tokens or raise model.max_model_len"
-                )
-            chats.append(student_chat(text))
-        return chats
+        pairs = zip(asked, passages, strict=True)
+        return [student_chat(retrieval_question(found, q.question, fits)[0]) for q, found in pairs]
 
+    for question in task.unrelated:
+        if not retrieval_question([{"heading": "", "text": question.context}], question.question, fits)[1]:
+            raise ValueError(
+                f"evaluate.unrelated: the context of {question.id!r} is too long; shorten it, lower "
+                "evaluate.max_tokens or raise model.max_model_len"
+            )
     contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
     asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
     gold, rejected = answer_questions(engine, contexts, asked, settings)

@@ -7,8 +7,8 @@ same file stays a passage where it still stands, so that a change does not move 
 """
 
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ SPARE = 8  # this part of max_tokens is left free by the splitter, for joining a
 TINY_LETTERS = 40  # about eight words: no ground for a question
 MAX_HEADING_CHARS = 200  # more is a paragraph that happens to stand above a line of dashes
 MAX_WORD_CHARS = 64
+MOVED = 1 << 18  # characters by which a passage of an earlier version may have moved
 
 BLOCKS = MarkdownIt("commonmark").disable("inline")
 INLINE = MarkdownIt("commonmark")
@@ -128,17 +129,21 @@ def _is_tiny(text: str) -> bool:
     return next(islice(re.finditer(r"\w", text), TINY_LETTERS - 1, None), None) is None
 
 
-def find_cuts_again(text: str, headings: list[Heading], splitter: Splitter, before: Iterable[str]) -> list[int]:
-    """Like `Splitter.find_cuts`, but what stands in the text of the passages `before`, in their order, stays one."""
+def find_cuts_again(
+    text: str, headings: list[Heading], splitter: Splitter, before: Sequence[dict[str, Any]]
+) -> list[int]:
+    """Like `Splitter.find_cuts`, but passages of an earlier version that stand in the text stay passages.
+
+    `before` has their `start` and `text`. What lies between two of them is cut as a text of its own; if that is too
+    little for a passage, a neighbour is cut anew with it.
+    """
+    starts = [heading.start for heading in headings]
     kept: list[tuple[int, int]] = []
-    for passage in before:
+    for start, end in _longest_chain(_find_again(text, before)):
         behind = kept[-1][1] if kept else 0
-        start = text.find(passage, behind)
-        end = start + len(passage)
-        if start < 0 or _is_inside_word(text, start) or _is_inside_word(text, end):
-            continue
-        if start > behind and _is_tiny(text[behind:start]):  # it goes with a neighbour, which is cut anew
-            if not kept:
+        if start > behind and _is_tiny(text[behind:start]):
+            opens_section = bisect_left(starts, behind) < bisect_left(starts, start)
+            if not kept or opens_section:
                 continue
             kept.pop()
         kept.append((start, end))
@@ -146,21 +151,56 @@ def find_cuts_again(text: str, headings: list[Heading], splitter: Splitter, befo
         kept.pop()
     cuts, behind = [], 0
     for start, end in [*kept, (len(text), len(text))]:
-        between = [h._replace(start=h.start - behind) for h in headings if behind <= h.start < start]
+        between = headings[bisect_left(starts, behind) : bisect_left(starts, start)]
+        between = [heading._replace(start=heading.start - behind) for heading in between]
         cuts += [behind + cut for cut in splitter.find_cuts(text[behind:start], between)]
         cuts += [end] if end > start else []
         behind = end
     return cuts
 
 
+def _find_again(text: str, before: Sequence[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    """Yield where passages still stand, or stand now if they moved less than MOVED characters."""
+    for number, passage in enumerate(before, 1):
+        place, length = passage["start"], len(passage["text"])
+        start = text.find(passage["text"], max(0, place - MOVED), place + length + MOVED)
+        end = start + length
+        # The last one ended with the text; with more behind it, it is no longer as long as it may be.
+        is_whole = number < len(before) or end == len(text)
+        if start >= 0 and is_whole and not (_is_inside_word(text, start) or _is_inside_word(text, end)):
+            yield start, end
+
+
+def _longest_chain(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return as many of the spans as can be had, in their order, so that none begins before the last one ended.
+
+    A longest increasing subsequence (Fredman 1975).
+    """
+    ends: list[int] = []  # of the chain of each length that ends first
+    chains: list[Any] = []  # these chains, as pairs of the rest and the last span
+    for start, end in spans:
+        length = bisect_right(ends, start)
+        chain = (chains[length - 1] if length else None, (start, end))
+        if length == len(ends):
+            ends.append(end)
+            chains.append(chain)
+        elif end < ends[length]:
+            ends[length], chains[length] = end, chain
+    chosen, rest = [], chains[-1] if chains else None
+    while rest:
+        rest, span = rest
+        chosen.append(span)
+    return chosen[::-1]
+
+
 def _is_inside_word(text: str, place: int) -> bool:
     return place > 0 and INSIDE_WORD.match(text, place - 1) is not None
 
 
-def split_document(document: Document, splitter: Splitter, before: Iterable[str] = ()) -> Iterator[Passage]:
+def split_document(document: Document, splitter: Splitter, before: Sequence[dict[str, Any]] = ()) -> Iterator[Passage]:
     """Yield the passages; the heading is the one in force at the first visible character.
 
-    `before` is the text of the passages that an earlier version of the document was cut into.
+    `before` are the passages of an earlier version of the document, if there is one.
     """
     headings = find_headings(document.text)
     start = 0
@@ -193,10 +233,11 @@ class ChunkWorker:
 
     def _split(self, documents: pa.Table) -> Iterator[pa.Table]:
         rows = (Document(**row) for row in documents.to_pylist())
+        before = self._before
         passages = (
             passage
             for row in rows
-            for passage in split_document(row, self._splitter, self._before.texts(row.source) if self._before else ())
+            for passage in split_document(row, self._splitter, before.find(row.source, row.doc_id) if before else ())
         )
         while shard := list(islice(passages, self._shard_passages)):
             yield to_table(shard, PASSAGE)

@@ -332,11 +332,13 @@ class Evaluate(Section):
 
 
 class Gate(Section):
-    """Thresholds that an adapter must reach to be published; what could not be measured is not held against it. A
-    `max_` of 1 (of the KL: 100) and a `min_gap_closed` of -100 let everything through."""
+    """Thresholds that an adapter must reach to be published; what could not be measured is not held against it. With 1
+    (`max_kl_to_base`: 100, `min_gap_closed`: -100) one lets everything through."""
 
     min_gap_closed: float | None = 0.1
     """Least share of the gap between closed book and gold passage that it closes."""
+    max_closed_book_loss: float | None = Field(default=0.05, ge=0)
+    """Most that its score may lie below that of the base model alone, where there is no gap to close."""
     max_kl_to_base: float | None = Field(default=0.3, ge=0)
     """Forgetting: most that it may differ from the base model on general prompts, in nats per token."""
     max_general_loss: float | None = Field(default=0.2, ge=0)

@@ -129,7 +129,7 @@ def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
         "input": trained["data_digest"],
         "general": general.require()["data_digest"],
     }
-    if previous := previous_version(config, base, stage):
+    if previous := previous_version(config, base, trained["data_digest"], stage):
         adapters["previous"] = previous
         settings["previous"] = previous.name
     if not stage.open(settings, redo):
@@ -169,20 +169,22 @@ def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
     return report
 
 
-def previous_version(config: Config, base: BaseModel, stage: Stage) -> Folder | None:
+def previous_version(config: Config, base: BaseModel, run_id: str, stage: Stage) -> Folder | None:
     """Return the version that clients have, if it is of this base model, to compare the run's adapter with.
 
-    One that was published already stays compared with what its evaluation was begun with.
+    A run whose adapter was published already stays compared with what its evaluation was begun with.
     """
-    from pipeline.publish import ALIAS, MANIFEST, version_of_run
+    from pipeline.publish import ALIAS, MANIFEST
 
     adapters = Folder(config.publish.registry) / config.publish.name
     alias = adapters.read_json(ALIAS) or {}
+    known = filter(None, (alias.get("version"), *alias.get("before", [])))
+    manifests = {version: (adapters / version).read_json(MANIFEST) or {} for version in known}
     version = alias.get("version")
-    if version_of_run(config, base) in (version, *alias.get("before", [])):
+    if run_id in (manifest.get("run_id") for manifest in manifests.values()):
         version = (stage.folder.read_json("settings.json") or {}).get("previous")
-    manifest = (adapters / version).read_json(MANIFEST) if version else None
-    return adapters / version if version and manifest and manifest["base_revision"] == base.revision else None
+    is_ours = version in manifests and manifests[version].get("base_revision") == base.revision
+    return adapters / version if version and is_ours else None
 
 
 def _measure_all(tasks: list[Task], base_path: str, replies: list[Any]) -> list[Any]:

@@ -7,18 +7,20 @@ measuring how far it moved. Where a corpus lost passages, the questions about th
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import cycle, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from bm25s.stopwords import STOPWORDS_EN
 
 from pipeline.answer import answer_table, tail_mass
 from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
 from pipeline.previous import PassagesBySource, PreviousRun, previous_settings
-from pipeline.prompts import content_words, normalise, student_chat
+from pipeline.prompts import normalise, student_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
@@ -27,6 +29,7 @@ HELD_OUT = "held-out"
 FORGOTTEN = "forgotten"
 UNIT_PROMPTS = 128
 SPARE = 2  # prompts sampled for each one wanted: some are empty, or there already
+STOPWORDS = frozenset(STOPWORDS_EN)
 MIN_CHARS = 6  # of a prompt's words; not a number of words, which some scripts do not separate
 
 
@@ -123,17 +126,19 @@ class ForgottenWriter:
         self._answers = Stage(previous_run, "answer", ANSWER)
         self._now = PreviousRun(run_dir)
         self._before, self._after = PassagesBySource(previous_run), PassagesBySource(run_dir)
+        self._new_text = lru_cache(1)(self._read_new_text)
         self._settings = settings
         self._engine = engine
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         settings, before = self._settings, self._engine.stats
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
-        gone = {row["passage_id"]: self._words_before_and_after(row) for row in passages if not self._now.holds(row)}
+        gone = {row["passage_id"]: row for row in passages if not self._now.holds(row)}
         wrong = {
             row["question_id"]
             for row in self._answers.read_unit(unit["name"], ["question_id", "passage_id", "text"]).to_pylist()
-            if row["passage_id"] in gone and is_wrong_now(row["text"], *gone[row["passage_id"]])
+            if (passage := gone.get(row["passage_id"]))
+            and is_wrong_now(row["text"], passage["text"], self._new_text(self._before.source_of[passage["doc_id"]]))
         }
         questions = self._questions.read_unit(unit["name"])
         questions = questions.filter(pc.field("question_id").isin(pa.array(sorted(wrong), pa.string())))
@@ -144,15 +149,20 @@ class ForgottenWriter:
         table = answer_alone(self._engine, rows, seed, settings, settings.top_k)
         return self._stage.commit(unit["name"], [table], [], len(rows), self._engine.stats.since(before))
 
-    def _words_before_and_after(self, passage: dict[str, Any]) -> tuple[set[str], set[str]]:
-        now = self._after.texts(self._before.source_of[passage["doc_id"]])
-        return content_words(passage["text"]), content_words(" ".join(now))
+    def _read_new_text(self, source: str) -> str:
+        """Return what is new in a file or row: its passages of now without those of before."""
+        before = {row["text"] for row in self._before.find(source)}
+        return "\n".join(row["text"] for row in self._after.find(source) if row["text"] not in before)
 
 
-def is_wrong_now(answer: str, said: set[str], now: set[str]) -> bool:
-    """True if an answer has a word of its passage that its file does not say any more, or nothing of it is left."""
-    gone = said - now
-    return gone == said or bool(gone & content_words(answer))
+def is_wrong_now(answer: str, said: str, new: str) -> bool:
+    """True if an answer has a word of its passage that stands no more in what is new, or nothing of it stands there."""
+    before, now = _telling_words(said), _telling_words(new)
+    return not before & now or bool((before - now) & _telling_words(answer))
+
+
+def _telling_words(text: str) -> set[str]:
+    return set(normalise(text).split()) - STOPWORDS
 
 
 def answer_alone(

@@ -107,11 +107,14 @@ class PassagesBySource:
                 self._shards.setdefault(doc_id, []).append(shard)
         self._read = lru_cache(CACHED_UNITS)(lambda shard: passages.read_shard(shard, ["doc_id", "start", "text"]))
 
-    def texts(self, source: str) -> list[str]:
-        """Return the passages of what stands at this URI, in order; none if nothing does."""
-        doc_id = self._doc_ids.get(source, "")
+    def find(self, source: str, doc_id: str = "") -> list[dict[str, Any]]:
+        """Return the passages of this document or, if it was not there, of what stood at this URI, in order.
+
+        Rows of a file may have moved: then another document stands at the URI.
+        """
+        doc_id = doc_id if doc_id in self._shards else self._doc_ids.get(source, "")
         tables = [self._read(shard).filter(pc.field("doc_id") == doc_id) for shard in self._shards.get(doc_id, [])]
-        return pa.concat_tables(tables).sort_by("start")["text"].to_pylist() if tables else []
+        return pa.concat_tables(tables).sort_by("start").to_pylist() if tables else []
 
 
 def _id_now(old: str, previous_passage_id: str, passage_id: str) -> str:

@@ -264,8 +264,8 @@ def normalise(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Return what stands between spaces, and of scripts that have none the characters."""
-    return _BETWEEN_SPACES.findall(text)
+    """Return what stands between spaces, and of scripts that have none the characters, without mere punctuation."""
+    return [part for part in _BETWEEN_SPACES.findall(text) if _WORD.search(part)]
 
 
 def content_words(text: str) -> set[str]:

@@ -110,13 +110,15 @@ def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
     behind = {(row["arm"], row["over"]): -row["difference"] for row in evaluated.get("comparisons", [])}
     retrieval, previous = behind.get(("adapter_retrieval", "retrieval")), behind.get(("adapter", "previous"))
     closed = evaluated.get("gap_closed")
+    alone = behind.get(("adapter", "closed_book")) if closed is None else None
     # Negated, so that a NaN meets no threshold.
-    if (least := gate.min_gap_closed) is not None:
-        if closed is not None and not closed >= least:
-            failed.append(f"it closes {closed:.2f} of the gap, {least - closed:.2f} less than min_gap_closed = {least}")
-        elif closed is None and (below := behind.get(("adapter", "closed_book"), 0.0)) > 0:
-            failed.append(f"it scores {below:.2f} less than the base model without it")
+    if gate.min_gap_closed is not None and closed is not None and not closed >= gate.min_gap_closed:
+        failed.append(
+            f"it closes {closed:.2f} of the gap, {gate.min_gap_closed - closed:.2f} less than min_gap_closed = "
+            f"{gate.min_gap_closed}"
+        )
     for name, what, value, most in (
+        ("max_closed_book_loss", "its fall below the base model alone", alone, gate.max_closed_book_loss),
         ("max_kl_to_base", "its KL to the base model on general prompts", lost.get("kl_to_base"), gate.max_kl_to_base),
         ("max_general_loss", "its fall on general questions", falls["general_questions"], gate.max_general_loss),
         ("max_refusal_loss", "its fall in refusals", falls["refusal"], gate.max_refusal_loss),

@@ -8,7 +8,6 @@ import pytest
 
 from pipeline.engine import Completion
 from pipeline.general import HELD_OUT, is_wrong_now, reasons_against
-from pipeline.prompts import content_words
 from pipeline.schema import ANSWER, REASONS
 from pipeline.store import Stage
 from pipeline.training_data import training_tables
@@ -53,17 +52,22 @@ def test_a_prompt_for_measuring_is_not_trained_on(tmp_path: Path) -> None:
     assert trained["prompt_ids"].to_pylist() == [[1, 2]]
 
 
+SAID = "The telescope of Bob Lee opened in 1962, weighs 31 tonnes and is cleaned every 2 years."
+EDITED = SAID.replace("1962", "1971").replace("Bob Lee", "Tim Roe").replace("2 years", "3 years")
+
+
 @pytest.mark.parametrize(
-    ("answer", "now", "is_wrong"),
+    ("answer", "new", "is_wrong"),
     [
-        ("It opened in 1962.", "The telescope opened in 1971 and weighs 31 tonnes.", True),
-        ("It weighs 31 tonnes.", "The telescope opened in 1971 and weighs 31 tonnes.", False),
-        ("Yes.", "The telescope opened in 1971 and weighs 31 tonnes.", False),
-        ("It weighs 31 tonnes.", "A preface. The telescope opened in 1962 and weighs 31 tonnes.", False),
-        ("It weighs 31 tonnes.", "The mill has a wheel.", True),
+        ("It opened in 1962.", EDITED, True),
+        ("It is that of Bob Lee.", EDITED, True),
+        ("It is cleaned every 2 years.", EDITED, True),
+        ("The telescope weighs 31 tonnes.", EDITED, False),
+        ("Yes.", EDITED, False),
+        ("The telescope weighs 31 tonnes.", f"A preface. {SAID}", False),
+        ("The telescope weighs 31 tonnes.", "The mill has a wheel.", True),
         ("Yes.", "", True),
     ],
 )
-def test_only_what_a_changed_file_says_no_more_is_to_be_forgotten(answer: str, now: str, is_wrong: bool) -> None:
-    said = content_words("The telescope opened in 1962 and weighs 31 tonnes.")
-    assert is_wrong_now(answer, said, content_words(now)) == is_wrong
+def test_only_what_a_changed_file_says_no_more_is_to_be_forgotten(answer: str, new: str, is_wrong: bool) -> None:
+    assert is_wrong_now(answer, SAID, new) == is_wrong

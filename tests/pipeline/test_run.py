@@ -113,7 +113,12 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         [publish]
         registry = "{folder}/registry"
         name = "test"
-        gate = {{ min_gap_closed = -9.0, max_retrieval_loss = 1.0, max_previous_loss = 1.0 }}
+        [publish.gate]
+        min_gap_closed = -9.0
+        max_closed_book_loss = 1.0
+        max_kl_to_base = 9.0
+        max_retrieval_loss = 1.0
+        max_previous_loss = 1.0
         [cluster]
         kv_cache_gb = 1
         """

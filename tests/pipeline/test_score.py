@@ -41,7 +41,7 @@ def test_token_f1_takes_the_best_answer() -> None:
 
 
 def test_without_spaces_characters_are_tokens() -> None:
-    assert token_f1("磨坊由罗莎建造", ["罗莎建造了磨坊"]) == pytest.approx(2 * 6 / 14)
+    assert token_f1("磨坊由罗莎建造。", ["罗莎建造了磨坊"]) == pytest.approx(2 * 6 / 14)
     assert token_f1("建于1874年", ["1874年"]) == pytest.approx(2 * 2 / 6)
 
 
