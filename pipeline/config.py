@@ -180,12 +180,14 @@ class General(Sampling):
 
 
 class Reading(Section):
-    """Questions asked with retrieved passages whose names and numbers are exchanged: what the student has learnt is
-    wrong there, and it goes on reading what it is given, as the base model does."""
+    """Questions asked again with retrieved passages in which names and numbers are exchanged: what the student has
+    learnt of them is wrong there, so that it goes on reading what it is given, as the base model does."""
 
-    share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of these among the samples of every epoch; 0 leaves them out. Each is as long as its passages, which are
-    `serve.retrieval_passages`, and so costs as much as several others."""
+    per_passage: int = Field(default=0, ge=0)
+    """Questions of each passage that are asked so, with `serve.retrieval_passages` passages; 0 leaves them out. Names
+    are words that always have a capital letter: in German all nouns, in scripts without such letters none."""
+    share: float = Field(default=0.04, ge=0, lt=1)
+    """Share of these among the samples of every epoch; each is as long as several others."""
 
 
 class FilterSection(Section):
@@ -482,7 +484,8 @@ class Config(Section):
     def shares(self) -> dict[str, float]:
         """Shares of an epoch's samples by group; the rest are new answers about the corpus."""
         replay_share = self.update.replay_share if self.update.previous_run else 0.0
-        return {"old": replay_share, "general": self.general.share, "reading": self.reading.share}
+        reading_share = self.reading.share if self.reading.per_passage else 0.0
+        return {"old": replay_share, "general": self.general.share, "reading": reading_share}
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

@@ -5,10 +5,9 @@ top-k, and with retrieved passages in the prompt, the student's as well. There n
 what the student remembers of them is wrong, and only what it reads is right (entity substitution, Longpre et al. 2021).
 """
 
-import math
 import random
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import pyarrow.compute as pc
@@ -26,19 +25,19 @@ from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
 READING = "reading"
-_NAME_OR_NUMBER = regex.compile(r"\b(?:\p{Lu}[\p{L}\p{M}]+|\d+)\b")
-_WORD = regex.compile(r"\b\p{Ll}[\p{L}\p{M}]+")
-_NAME_INSIDE = regex.compile(r"(?<=[^.?!:\s]\s+[\"'(]?)\p{Lu}[\p{L}\p{M}]+\b")  # not what only begins a sentence
+# Words, and numbers that are not part of one; in scripts without spaces they stand between other characters.
+_WORD = regex.compile(r"(?<![\p{L}\p{M}\d])\p{L}[\p{L}\p{M}]++(?!\d)|(?<![A-Za-z\d])\d+(?![A-Za-z\d])")
+# Not what begins a sentence, a line or a list's item.
+_NAME_INSIDE = regex.compile(r"(?<=[\p{L}\p{M}\d,;)][ \t]+[\"'(\u201c]?)\p{Lu}[\p{L}\p{M}]+")
 
 
 def reading_job(config: Config, base: BaseModel, questions: Job) -> Job:
     """Describe the stage; every unit needs the unit of the same name of the question stage."""
-    share, num_passages = config.reading.share, config.serve.retrieval_passages
+    counts = {"per_passage": config.reading.per_passage, "num_passages": config.serve.retrieval_passages}
     return Job(
         Stage(config.run_dir, READING, ANSWER),
         {
-            "share": share,
-            "num_passages": num_passages,
+            **counts,
             "answer": config.answer.model_dump(),
             "max_model_len": config.model.max_model_len,
             "model": base.identity(),
@@ -50,10 +49,8 @@ def reading_job(config: Config, base: BaseModel, questions: Job) -> Job:
         {
             "run_dir": config.run_dir,
             "settings": config.answer,
-            # As many as one epoch has, if all new questions make up the corpus's part of it.
-            "per_question": min(1.0, share / (1 - sum(config.shares.values()))),
-            "num_passages": num_passages,
             "previous_run": config.update.previous_run,
+            **counts,
         },
         config.max_reject_share,
     )
@@ -66,7 +63,7 @@ class ReadingWriter:
         self,
         run_dir: str,
         settings: AnswerSection,
-        per_question: float,
+        per_passage: int,
         num_passages: int,
         engine: Engine,
         previous_run: str | None = None,
@@ -75,7 +72,7 @@ class ReadingWriter:
         self._questions = Stage(run_dir, "question", QUESTION)
         self._reading = Stage(run_dir, READING, ANSWER)
         self._settings = settings
-        self._per_question = per_question
+        self._per_passage = per_passage
         self._num_passages = num_passages
         self._engine = engine
         self._previous = PreviousRun(previous_run)
@@ -89,15 +86,13 @@ class ReadingWriter:
         names = names_in([titled(row["text"], row["heading"]) for row in passages.values()])
         had = self._previous.rows("question", list(passages.values()))["question_id"].combine_chunks()
         questions = self._questions.read_unit(unit["name"]).filter(~pc.field("question_id").isin(had)).to_pylist()
-        chance = random.Random(seed_of(READING, unit["name"], settings.seed))
+        rng = random.Random(seed_of(READING, unit["name"], settings.seed))
         rows, rejected = [], []
-        for row in chance.sample(questions, math.ceil(self._per_question * len(questions))):
+        for row in _pick(questions, self._per_passage, rng):
             answer_id, question = digest(READING, row["question_id"], settings.seed), row["text"]
             found = [hit.passage for hit in index.search(question, self._num_passages)]
             found = found or [passages[row["passage_id"]]]  # it finds no words of scripts without spaces
-            texts = exchange(
-                [titled(passage["text"], passage["heading"]) for passage in found], question, names, chance
-            )
+            texts = exchange([titled(passage["text"], passage["heading"]) for passage in found], question, names, rng)
             asked, count = retrieval_question([{"text": text, "heading": ""} for text in texts], question, self._fits)
             if count:
                 rows.append((answer_id, row["question_id"], asked))
@@ -112,31 +107,34 @@ class ReadingWriter:
         return self._engine.fits(student_chat(asked), self._settings.max_tokens)
 
 
+def _pick(questions: Iterable[dict[str, Any]], per_passage: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Return so many questions of each passage, or all if there are fewer; they stand passage by passage."""
+    groups = [list(group) for _, group in groupby(questions, key=lambda row: row["passage_id"])]
+    return [row for group in groups for row in rng.sample(group, min(per_passage, len(group)))]
+
+
 def names_in(texts: Sequence[str]) -> list[str]:
     """Return the words that have a capital letter within a sentence and never lack it, each once, in a fixed order."""
     words = {word for text in texts for word in _WORD.findall(text)}
     return sorted({name for text in texts for name in _NAME_INSIDE.findall(text) if name.lower() not in words})
 
 
-def exchange(texts: Sequence[str], question: str, names: Sequence[str], chance: random.Random) -> list[str]:
-    """Give every name that of another, and every number another, each the same wherever it stands.
+def exchange(texts: Sequence[str], question: str, names: Sequence[str], rng: random.Random) -> list[str]:
+    """Give every name that of another, and every number that of another as long, the same wherever it stands.
 
-    What stands in the question stays, so that it still fits the texts. A number keeps its first digit, so that a year
-    stays one.
+    What stands in the question stays, so that it still fits the texts.
     """
-    kept = {word.lower() for word in _NAME_OR_NUMBER.findall(question)}
-    pool = [name for name in names if name.lower() not in kept]
-    chance.shuffle(pool)
-    others = dict(zip(pool, pool[1:] + pool[:1], strict=True))
-    return [_NAME_OR_NUMBER.sub(partial(_other, kept, others, chance), text) for text in texts]
+    kept = set(_WORD.findall(question.lower()))
+    others = _rotate([name for name in names if name.lower() not in kept], rng)
+    numbers = {word for text in texts for word in _WORD.findall(text) if word.isdecimal()} - kept
+    for _, group in groupby(sorted(numbers, key=lambda number: (len(number), number)), key=len):
+        others |= _rotate(list(group), rng)
+    return [_WORD.sub(lambda found: others.get(found[0], found[0]), text) for text in texts]
 
 
-def _other(kept: set[str], others: dict[str, str], chance: random.Random, found: Any) -> str:
-    word = found[0]
-    if word.lower() in kept:
-        return word
-    if word.isdecimal() and word not in others:
-        first, rest = (word[0], word[1:-1]) if len(word) > 1 else ("", "")
-        drawn = [chance.choice("0123456789") for _ in rest]
-        others[word] = "".join([first, *drawn, chance.choice("123456789".replace(word[-1], ""))])
-    return str(others.get(word, word))
+def _rotate(words: list[str], rng: random.Random) -> dict[str, str]:
+    """Map every word to the next one in a random order; a number that is alone to one with another last digit."""
+    if len(words) == 1 and words[0].isdecimal():
+        return {words[0]: words[0][:-1] + rng.choice("123456789".replace(words[0][-1], ""))}
+    order = rng.sample(words, len(words))
+    return dict(zip(order, order[1:] + order[:1], strict=True))

@@ -43,8 +43,8 @@ class PassageIndex:
 
     @classmethod
     def build(cls, passages: pa.Table) -> "PassageIndex":
-        bm25 = bm25s.BM25()
-        bm25.index(_words(_texts(passages)), show_progress=False)
+        bm25, words = bm25s.BM25(), _words(_texts(passages))
+        bm25.index(words if any(words) else [[""]] * len(words), show_progress=False)  # it cannot be without any word
         return cls(passages, bm25)
 
     def save(self, folder: Path) -> None:

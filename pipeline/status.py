@@ -38,7 +38,7 @@ def stages_of(config: Config) -> dict[str, Stage]:
     schemas = SCHEMAS | {f"baseline-{name}": ANSWER for name in config.evaluate.baselines}
     if config.update.forget_removed:
         schemas["forgotten"] = ANSWER
-    if config.reading.share:
+    if config.reading.per_passage:
         schemas["reading"] = ANSWER
     return {name: Stage(config.run_dir, name, schema) for name, schema in schemas.items()}
 

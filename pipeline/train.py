@@ -83,8 +83,9 @@ def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
 
 
 def _reading_settings(config: Config) -> dict[str, Any]:
-    share = config.reading.share
-    return {"reading": [share, Stage(config.run_dir, READING, ANSWER).require()["data_digest"]]} if share else {}
+    if not config.reading.per_passage:
+        return {}
+    return {"reading": [config.reading.share, Stage(config.run_dir, READING, ANSWER).require()["data_digest"]]}
 
 
 def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Groups(NamedTuple):
 
 def training_tables(config: Config) -> Groups:
     """Return what is to be trained on; the iterators must be read one after the other."""
-    always = (_general_answers(config), _reading_answers(config) if config.reading.share else iter(()))
+    always = (_general_answers(config), _reading_answers(config) if config.reading.per_passage else iter(()))
     if config.train.teacher == "raw_text":
         passages = Stage(config.run_dir, "chunk", PASSAGE)
         tokenizer = load_tokenizer(config.model.path)

@@ -165,7 +165,8 @@ def test_an_update_has_a_run_directory_of_its_own(path: Path) -> None:
 
 
 def test_shares_leave_room_for_the_corpus(path: Path) -> None:
-    shares = ("update.replay_share=0.5", "general.share=0.3", "reading.share=0.3")
+    shares = ("update.replay_share=0.5", "general.share=0.3", "reading.share=0.3", "reading.per_passage=2")
+    assert load_config(path, shares[:3]).shares == {"old": 0.0, "general": 0.3, "reading": 0.0}
     assert load_config(path, shares).shares == {"old": 0.0, "general": 0.3, "reading": 0.3}
     (line,) = errors(path, *shares, "update.previous_run=before")
     assert "update.replay_share = 0.5 and general.share = 0.3 and reading.share = 0.3 leave no room" in line

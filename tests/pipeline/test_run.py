@@ -35,6 +35,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".models" / "smollm2-135m-instruct"
 SCHEMAS = {name: schema for name, schema in status.SCHEMAS.items() if name not in ("read", "train", "evaluate")}
+SCHEMAS["reading"] = ANSWER
 
 DOCUMENTS = {
     "mill.md": "# Kestrel Mill\n\nThe Kestrel Mill on the River Arden was built in 1874 by Rosa Lindqvist. It ground "
@@ -103,6 +104,7 @@ def write_config(folder: Path, model: Path = MODEL) -> Path:
         max_tokens = 24
         first_words = ["Name a river"]
         [reading]
+        per_passage = 2
         share = 0.2
         [evaluate]
         questions = "{folder}/questions.jsonl"
@@ -253,7 +255,7 @@ def test_what_must_be_read_stands_in_the_prompt_and_is_trained_on(finished: tupl
     reading = rows(Stage(run_dir, "reading", ANSWER))
     tokenizer = load_tokenizer(load_config(config).model.path)
     for row in reading:
-        passages, _, question = tokenizer.decode(row["prompt_ids"]).partition("Question: ")
+        passages, _, question = str(tokenizer.decode(row["prompt_ids"])).partition("Question: ")
         assert question.startswith(asked[row["question_id"]])
         assert any(passage <= set(re.findall(r"\b[a-z]+\b", passages)) for passage in words)
         assert not {"1874", "1921", "1962"} & set(re.findall(r"\d+", passages)) - set(re.findall(r"\d+", question))
