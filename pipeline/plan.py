@@ -90,7 +90,8 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     plan |= {"seconds": {name: round(value) for name, value in seconds.items()}}
     plan |= price(config, seconds)
     print(f"plan: from {num_sampled} of {chunked['rows_out']} passages", file=sys.stderr)
-    uses = plan["answers"] * config.train.epochs * share / (1 - share) / max(1, config.general.prompts)
+    new = 1 - sum(sample.shares.values())
+    uses = plan["answers"] / new * share * config.train.epochs / max(1, config.general.prompts)
     if uses > MANY_USES:
         print(f"plan: each general prompt would be trained on {uses:.0f} times; raise general.prompts", file=sys.stderr)
     refuse_full_disk(config.run_dir, plan["bytes"] + plan["training_bytes"])
@@ -118,7 +119,7 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
     """Estimate what the engine takes for the evaluation's replies."""
     settings = config.evaluate
     stats = [done["stats"] for done in written.values()]
-    # Seconds for a prompt's token that is not in the prefix cache, and for a token written: what fits the three stages.
+    # Seconds for a prompt's token that is not in the prefix cache, and for a token written: what fits the stages.
     tokens = np.asarray([[one["prompt_tokens"] - one["cached_tokens"], one["output_tokens"]] for one in stats])
     (per_read, per_written), _ = nnls(tokens, np.asarray([one["engine_seconds"] for one in stats]))
     asked = len(load_questions(settings)) or min(settings.held_out, int(num_questions) // 10)
