@@ -355,9 +355,8 @@ def test_an_update_writes_about_what_changed_alone(finished: tuple[Path, dict, P
     assert Stage(str(after), "question", QUESTION).require()["stats"]["passages"] == 1
     kept = set(ids(before, "answer")) & set(ids(after, "answer"))
     assert kept and kept < set(ids(after, "answer")) and kept < set(ids(before, "answer"))
-    gone = {row["question_id"]: row["text"] for row in rows(Stage(str(before), "answer", ANSWER))}
-    forgotten = [gone[row["question_id"]] for row in rows(Stage(str(after), "forgotten", ANSWER))]
-    assert all("1962" in answer for answer in forgotten) and len(forgotten) == sum("1962" in a for a in gone.values())
+    # The files are others, so all that stood in the changed one is gone.
+    assert Stage(str(after), "forgotten", ANSWER).require()["rows_out"] == len(set(ids(before, "answer")) - kept)
     general = Stage(str(after), "general", ANSWER).require()
     assert general["seconds"] == 0, "general answers were written again"
     assert general["data_digest"] == Stage(str(before), "general", ANSWER).require()["data_digest"]
