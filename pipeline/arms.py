@@ -104,16 +104,19 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     def fits(asked: str) -> bool:
         return engine.fits(student_chat(asked), settings.max_tokens)
 
-    def with_passages(passages: list[list[dict[str, Any]]], asked: list[TestQuestion] = questions) -> list[Any]:
-        pairs = zip(asked, passages, strict=True)
+    def with_passages(passages: list[list[dict[str, Any]]]) -> list[Any]:
+        pairs = zip(questions, passages, strict=True)
         return [student_chat(retrieval_question(found, q.question, fits)[0]) for q, found in pairs]
 
+    reading = []
     for question in task.unrelated:
-        if not retrieval_question([{"heading": "", "text": question.context}], question.question, fits)[1]:
+        text, count = retrieval_question([{"heading": "", "text": question.context}], question.question, fits)
+        if not count:
             raise ValueError(
                 f"evaluate.unrelated: the context of {question.id!r} is too long; shorten it, lower "
                 "evaluate.max_tokens or raise model.max_model_len"
             )
+        reading.append(student_chat(text))
     contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
     asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
     gold, rejected = answer_questions(engine, contexts, asked, settings)
@@ -128,7 +131,6 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     general = [student_chat(row["question"]) for row in general_questions()]
     short = min(GENERAL_TOKENS, settings.max_tokens)
     others = [student_chat(question.question) for question in task.unrelated]
-    reading = with_passages([[{"heading": "", "text": q.context}] for q in task.unrelated], task.unrelated)
     with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
         local = {arm: source.copy_to(f"{folder}/{arm}") for arm, source in task.adapters.items()}
         both = (("closed_book", None), ("adapter", local["adapter"]))

@@ -161,6 +161,7 @@ def is_wrong_now(answer: str, said: str, new: str) -> bool:
     return not before & now or bool((before - now) & _telling_words(answer))
 
 
+@lru_cache(8)  # a passage and what is new in its file stand beside many answers
 def _telling_words(text: str) -> set[str]:
     return set(normalise(text).split()) - STOPWORDS
 

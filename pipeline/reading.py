@@ -7,6 +7,7 @@ what the student remembers of them is wrong, and only what it reads is right (en
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -14,12 +15,11 @@ import pyarrow.compute as pc
 import regex
 
 from pipeline.answer import tail_mass
-from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config
 from pipeline.engine import Engine
 from pipeline.general import answer_alone
 from pipeline.previous import PreviousRun
-from pipeline.prompts import prompts_digest, retrieval_question, student_chat, titled
+from pipeline.prompts import retrieval_question, student_chat, titled
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
@@ -31,28 +31,15 @@ _WORD = regex.compile(r"(?<![\p{L}\p{M}\d])\p{L}[\p{L}\p{M}]++(?!\d)|(?<![A-Za-z
 _NAME_INSIDE = regex.compile(r"(?<=[\p{L}\p{M}\d,;)][ \t]+[\"'(\u201c]?)\p{Lu}[\p{L}\p{M}]+")
 
 
-def reading_job(config: Config, base: BaseModel, questions: Job) -> Job:
-    """Describe the stage; every unit needs the unit of the same name of the question stage."""
+def reading_job(config: Config, answers: Job) -> Job:
+    """Describe the stage: made like that of the answers, whose units and needs it shares."""
     counts = {"per_passage": config.reading.per_passage, "num_passages": config.serve.retrieval_passages}
-    return Job(
-        Stage(config.run_dir, READING, ANSWER),
-        {
-            **counts,
-            "answer": config.answer.model_dump(),
-            "max_model_len": config.model.max_model_len,
-            "model": base.identity(),
-            "prompts": prompts_digest(),
-            "input": questions.settings_digest,
-        },
-        questions.units,
-        ReadingWriter,
-        {
-            "run_dir": config.run_dir,
-            "settings": config.answer,
-            "previous_run": config.update.previous_run,
-            **counts,
-        },
-        config.max_reject_share,
+    return replace(
+        answers,
+        stage=Stage(config.run_dir, READING, ANSWER),
+        settings=answers.settings | counts,
+        worker=ReadingWriter,
+        arguments=answers.arguments | counts,
     )
 
 

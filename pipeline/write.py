@@ -68,7 +68,7 @@ def _jobs(config: Config, base: BaseModel, redo: bool, stages: tuple[str, ...]) 
         jobs = {"question": questions, "answer": answer_job(config, base, questions)}
     jobs = {name: job for name, job in (jobs | {"general": general_job(config, base)}).items() if name in stages}
     if config.reading.per_passage and "answer" in stages:
-        jobs[READING] = reading_job(config, base, questions)
+        jobs[READING] = reading_job(config, jobs["answer"])
     if config.update.previous_run is not None and "general" in stages:
         previous, general = Stage(config.update.previous_run, "general", ANSWER), jobs["general"]
         if previous.is_complete(general.settings) and general.stage.open(general.settings, redo):
