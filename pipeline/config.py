@@ -215,9 +215,6 @@ class Update(Section):
     ask_again: bool = False
     """Second round: about the unchanged passages, too, `question.per_passage` questions are written that were not asked
     there."""
-    on_policy: int = Field(default=0, ge=0)
-    """So many questions of each passage, of those asked there and here, are answered by the adapter of previous_run
-    without the passage, and the base model with the passage judges every token (on-policy distillation)."""
 
     @model_validator(mode="after")
     def _check(self) -> "Update":
@@ -225,8 +222,6 @@ class Update(Section):
             raise ValueError("forget_removed = true needs previous_run, to know what was removed; set it")
         if self.ask_again and self.previous_run is None:
             raise ValueError("ask_again = true needs previous_run, to know what was asked; set it")
-        if self.on_policy and self.previous_run is None:
-            raise ValueError(f"on_policy = {self.on_policy} needs previous_run, whose adapter is to answer; set it")
         return self
 
 

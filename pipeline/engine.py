@@ -83,7 +83,6 @@ class Engine:
         arguments = engine_arguments(model, cluster) | {"max_logprobs": max(top_k, 1), "disable_log_stats": True}
         if adapter_rank:
             arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(adapter_rank)}
-            arguments |= {"logits_processors": ["pipeline.forced:ForcedReply"]}
         self._adapters: dict[str, int] = {}
         self._llm = LLM(model=model.path, **(arguments | model.engine))
         self.tokenizer = load_tokenizer(model.path)
@@ -109,8 +108,11 @@ class Engine:
             return []
         import torch
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import StructuredOutputsParams
 
+        started = time.monotonic()
+        self._llm.reset_prefix_cache()
         # A seed per request would halve the CPU's speed: each row of each step then draws its own noise. It does not
         # reach the processes of an engine on several GPUs, which go on from the noise that they have.
         torch.manual_seed(seed)
@@ -119,41 +121,11 @@ class Engine:
             top_p=sampling.top_p,
             top_k=sampling.sampling_top_k,
             max_tokens=max_tokens,
+            logprobs=top_k or None,
+            flat_logprobs=bool(top_k),
             structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None,
-            **_capture(top_k),
+            detokenize=False,  # it would spell out each of the k alternatives
         )
-        return self._generate(prompts, parameters, top_k, adapter)
-
-    def score(self, prompts: Sequence[Sequence[int]], replies: Sequence[np.ndarray], top_k: int) -> list[Completion]:
-        """Return the replies, of one token at least, with the top-k that the base model gives at each of their tokens.
-
-        It decodes them as if it had chosen them: asked for the log-probabilities of a prompt, vLLM would compute those
-        of the passage, too, and do without the prefix cache. The engine must have been loaded with an `adapter_rank`.
-        """
-        if not prompts:
-            return []
-        from vllm import SamplingParams
-
-        from pipeline.forced import FORCED
-
-        parameters = [
-            SamplingParams(
-                temperature=0.0, max_tokens=len(reply), extra_args={FORCED: reply.tolist()}, **_capture(top_k)
-            )
-            for reply in replies
-        ]
-        done = self._generate(prompts, parameters, top_k)
-        for reply, forced in zip(done, replies, strict=True):
-            assert np.array_equal(reply.token_ids, forced), "vLLM did not decode the given tokens"
-        return done
-
-    def _generate(
-        self, prompts: Sequence[Sequence[int]], parameters: Any, top_k: int, adapter: str | None = None
-    ) -> list[Completion]:
-        from vllm.lora.request import LoRARequest
-
-        started = time.monotonic()
-        self._llm.reset_prefix_cache()
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             parameters,
@@ -190,12 +162,6 @@ class Engine:
     def _adapter_id(self, folder: str) -> int:
         """Return an id of its own for every adapter: vLLM tells adapters apart by it, and by nothing else."""
         return self._adapters.setdefault(folder, len(self._adapters) + 1)
-
-
-def _capture(top_k: int) -> dict[str, Any]:
-    """Return the parameters of a request that make the engine return its top-k and no text."""
-    # As text, it would spell out each of the k alternatives.
-    return {"logprobs": top_k or None, "flat_logprobs": bool(top_k), "detokenize": False}
 
 
 def _require_compiler() -> None:

@@ -6,7 +6,6 @@ other seeds for a bounded number of rounds.
 """
 
 import math
-import random
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -208,11 +207,3 @@ class _Quota:
 
     def _reject(self, record_id: str, reason: Any, detail: str) -> None:
         self.rejected.append(Rejected("question", record_id, reason, detail))
-
-
-def pick_questions(questions: list[dict[str, Any]], per_passage: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Return so many questions of each passage, or all if there are fewer; those about a passage stand together."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in questions:
-        groups.setdefault(row["passage_id"], []).append(row)
-    return [row for group in groups.values() for row in rng.sample(group, min(per_passage, len(group)))]

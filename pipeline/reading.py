@@ -6,7 +6,7 @@ what the student remembers of them is wrong, and only what it reads is right (en
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -20,7 +20,6 @@ from pipeline.engine import Engine
 from pipeline.general import answer_alone
 from pipeline.previous import PreviousRun
 from pipeline.prompts import retrieval_question, student_chat, titled
-from pipeline.question import pick_questions
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
@@ -76,7 +75,7 @@ class ReadingWriter:
         questions = self._questions.read_unit(unit["name"]).filter(~pc.field("question_id").isin(had)).to_pylist()
         rng = random.Random(seed_of(READING, unit["name"], settings.seed))
         rows, rejected = [], []
-        for row in pick_questions(questions, self._per_passage, rng):
+        for row in _pick(questions, self._per_passage, rng):
             answer_id, question = digest(READING, row["question_id"], settings.seed), row["text"]
             found = [hit.passage for hit in index.search(question, self._num_passages)]
             found = found or [passages[row["passage_id"]]]  # it finds no words of scripts without spaces
@@ -93,6 +92,12 @@ class ReadingWriter:
 
     def _fits(self, asked: str) -> bool:
         return self._engine.fits(student_chat(asked), self._settings.max_tokens)
+
+
+def _pick(questions: Iterable[dict[str, Any]], per_passage: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Return so many questions of each passage, or all if there are fewer; they stand passage by passage."""
+    groups = [list(group) for _, group in groupby(questions, key=lambda row: row["passage_id"])]
+    return [row for group in groups for row in rng.sample(group, min(per_passage, len(group)))]
 
 
 def names_in(texts: Sequence[str]) -> list[str]:

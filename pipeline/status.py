@@ -30,7 +30,6 @@ UNITS: dict[str, tuple[str, Callable[[Stage], Collection[str]]]] = {
     "answer": ("chunk", Stage.shards),
     "filter": ("answer", Stage.committed),
     "reading": ("chunk", Stage.shards),
-    "on_policy": ("chunk", Stage.shards),
 }
 
 
@@ -41,8 +40,6 @@ def stages_of(config: Config) -> dict[str, Stage]:
         schemas["forgotten"] = ANSWER
     if config.reading.per_passage:
         schemas["reading"] = ANSWER
-    if config.update.on_policy:
-        schemas["on_policy"] = ANSWER
     return {name: Stage(config.run_dir, name, schema) for name, schema in schemas.items()}
 
 

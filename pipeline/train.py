@@ -14,7 +14,6 @@ from tqdm import tqdm
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.general import FORGOTTEN
-from pipeline.on_policy import ON_POLICY
 from pipeline.previous import previous_settings
 from pipeline.reading import READING
 from pipeline.resources import worker_options
@@ -96,11 +95,8 @@ def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:
         return {}
     previous_settings(config, base)
     forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER).require()["data_digest"] if update.forget_removed else None
-    on_policy = (
-        {"on_policy": Stage(config.run_dir, ON_POLICY, ANSWER).require()["data_digest"]} if update.on_policy else {}
-    )
     adapter = Stage(update.previous_run, "train", ANSWER).require()["data_digest"]
-    return {"update": {"adapter": adapter, "replay_share": update.replay_share, "forgotten": forgotten, **on_policy}}
+    return {"update": {"adapter": adapter, "replay_share": update.replay_share, "forgotten": forgotten}}
 
 
 def _show_progress(stages: list[Stage], bar: tqdm) -> None:

@@ -5,7 +5,6 @@ it taught a previous run already, general answers, and answers that must be read
 """
 
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -15,7 +14,6 @@ from pipeline.config import Config
 from pipeline.engine import load_tokenizer
 from pipeline.general import FORGOTTEN, HELD_OUT
 from pipeline.held_out import NearQuestions, hold_out, written_texts
-from pipeline.on_policy import ON_POLICY
 from pipeline.previous import PreviousRun
 from pipeline.prompts import titled
 from pipeline.reading import READING
@@ -35,8 +33,7 @@ class Groups(NamedTuple):
 
 def training_tables(config: Config) -> Groups:
     """Return what is to be trained on; the iterators must be read one after the other."""
-    reading = _extra_answers(config, READING) if config.reading.per_passage else iter(())
-    always = (_general_answers(config), reading)
+    always = (_general_answers(config), _reading_answers(config) if config.reading.per_passage else iter(()))
     if config.train.teacher == "raw_text":
         passages = Stage(config.run_dir, "chunk", PASSAGE)
         tokenizer = load_tokenizer(config.model.path)
@@ -47,8 +44,6 @@ def training_tables(config: Config) -> Groups:
         return Groups(map(answers.read_shard, answers.shards()), iter(()), iter(()), *always)
     previous = PreviousRun(config.update.previous_run)
     new = (new for new, _ in _split(config, previous))
-    if config.update.on_policy:
-        new = chain(new, _extra_answers(config, ON_POLICY))
     old = (old for _, old in _split(config, previous))  # read again: one group is copied first
     removed = _removed_answers(config) if config.update.forget_removed else iter(())
     return Groups(new, removed, old, *always)
@@ -87,12 +82,12 @@ def _general_answers(config: Config) -> Iterator[pa.Table]:
         yield rows.filter(pa.array([prompt not in held_out for prompt in rows["prompt_ids"].to_pylist()], pa.bool_()))
 
 
-def _extra_answers(config: Config, name: str) -> Iterator[pa.Table]:
-    """Yield the answers of a further stage to those of its questions that the teacher's answers are trained on, too."""
-    extra, kept = Stage(config.run_dir, name, ANSWER), Stage(config.run_dir, "filter", ANSWER)
-    for unit in extra.units():
+def _reading_answers(config: Config) -> Iterator[pa.Table]:
+    """Yield the answers that must be read, to questions that are trained on without passages, too."""
+    reading, kept = Stage(config.run_dir, READING, ANSWER), Stage(config.run_dir, "filter", ANSWER)
+    for unit in reading.units():
         trained = kept.read_unit(unit.name, ["question_id"])["question_id"].combine_chunks()
-        yield extra.read_unit(unit.name).filter(pc.field("question_id").isin(trained))
+        yield reading.read_unit(unit.name).filter(pc.field("question_id").isin(trained))
 
 
 def text_samples(passages: pa.Table, tokenizer: Any) -> pa.Table:

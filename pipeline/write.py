@@ -12,7 +12,6 @@ from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.general import FORGOTTEN, forgotten_job, general_job
-from pipeline.on_policy import ON_POLICY, on_policy_job
 from pipeline.question import question_job
 from pipeline.reading import READING, reading_job
 from pipeline.resources import engine_options
@@ -35,8 +34,7 @@ def write(configs: list[Config], base: BaseModel, redo: bool = False, stages: tu
     jobs = [job for plan in plans for job in plan.values()]
     first = configs[0]
     cluster = first.cluster
-    rank = first.train.lora.rank if first.update.on_policy else 0
-    load_engine = partial(Engine, first.model, cluster, first.answer.top_k, rank)
+    load_engine = partial(Engine, first.model, cluster, first.answer.top_k)
     actors = Actors(cluster, cluster.num_engines, engine_options(cluster), load_engine)
     outcomes = iter(run_stages(jobs, actors, redo))
     results = []
@@ -71,8 +69,6 @@ def _jobs(config: Config, base: BaseModel, redo: bool, stages: tuple[str, ...]) 
     jobs = {name: job for name, job in (jobs | {"general": general_job(config, base)}).items() if name in stages}
     if config.reading.per_passage and "answer" in stages:
         jobs[READING] = reading_job(config, jobs["answer"])
-    if config.update.on_policy and "answer" in stages:
-        jobs[ON_POLICY] = on_policy_job(config, jobs["answer"])
     if config.update.previous_run is not None and "general" in stages:
         previous, general = Stage(config.update.previous_run, "general", ANSWER), jobs["general"]
         if previous.is_complete(general.settings) and general.stage.open(general.settings, redo):
