@@ -13,13 +13,11 @@ import pyarrow as pa
 
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
-from pipeline.prompts import content_words, invents_number, normalise, sentences, speaks_of_text, titled
+from pipeline.prompts import content_words, invents_number, normalise, speaks_of_text, titled, told_words
 from pipeline.resources import worker_options
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
 from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit
-
-TOUCHED_SHARE = 0.5  # of a sentence's content words stand in one question and its answer
 
 
 def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:
@@ -129,13 +127,12 @@ def _reason(row: dict[str, str], question: str, passage: str, settings: FilterSe
 def measure_coverage(
     passages: dict[str, dict[str, Any]], questions: dict[str, str], answers: pa.Table
 ) -> dict[str, float]:
-    """Count the sentences of the passages, and those that some kept question with its answer touches."""
-    pairs: dict[str, list[set[str]]] = {passage_id: [] for passage_id in passages}
+    """Count the content words of the passages, each once a passage, and those that some kept answer tells."""
+    told: dict[str, set[str]] = {passage_id: set() for passage_id in passages}
     for row in answers.select(["passage_id", "question_id", "text"]).to_pylist():
-        pairs[row["passage_id"]].append(content_words(f"{questions[row['question_id']]} {row['text']}"))
-    num_sentences = num_touched = 0
-    for passage_id, passage in passages.items():
-        for words in filter(None, map(content_words, sentences(passage["text"]))):
-            num_sentences += 1
-            num_touched += any(len(words & pair) >= TOUCHED_SHARE * len(words) for pair in pairs[passage_id])
-    return {"sentences": num_sentences, "sentences_touched": num_touched}
+        told[row["passage_id"]] |= told_words(questions[row["question_id"]], row["text"])
+    words = {passage_id: content_words(passage["text"]) for passage_id, passage in passages.items()}
+    return {
+        "words": sum(map(len, words.values())),
+        "words_told": sum(len(words[passage_id] & told[passage_id]) for passage_id in passages),
+    }

@@ -34,8 +34,8 @@ class PreviousRun:
                 there = (shard.removesuffix(".parquet"), row["passage_id"])
                 if self._passages.setdefault(_key(row), there) != there:
                     self._twins[_key(row), row["passage_id"]] = there[0]
-        self._stages = {"question": Stage(run_dir, "question", QUESTION), "answer": Stage(run_dir, "answer", ANSWER)}
-        self._filtered = Stage(run_dir, "filter", ANSWER)
+        self._stages = {name: Stage(run_dir, name, ANSWER) for name in ("answer", "filter")}
+        self._stages["question"] = Stage(run_dir, "question", QUESTION)
         self._read = lru_cache(CACHED_UNITS)(lambda stage, unit: self._stages[stage].read_unit(unit))
         self._trained = lru_cache(CACHED_UNITS)(self._trained_ids)
 
@@ -44,8 +44,8 @@ class PreviousRun:
         return _key(passage) in self._passages
 
     def rows(self, stage: str, passages: list[dict[str, Any]]) -> pa.Table:
-        """Return what the stage `question` or `answer` has about those of these passages that stood there."""
-        schema = {"question": QUESTION, "answer": ANSWER}[stage]
+        """Return what the stage `question`, `answer` or `filter` has about those of these passages that stood there."""
+        schema = QUESTION if stage == "question" else ANSWER
         held = filter(self.holds, passages)
         return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in held)])
 
@@ -73,7 +73,7 @@ class PreviousRun:
     def _trained_ids(self, unit: str) -> dict[str, list[str]]:
         """Return the ids of a unit's answers that were trained on, by the passage that they are about."""
         ids: dict[str, list[str]] = {}
-        for row in self._filtered.read_unit(unit, ["passage_id", "answer_id"]).to_pylist():
+        for row in self._stages["filter"].read_unit(unit, ["passage_id", "answer_id"]).to_pylist():
             ids.setdefault(row["passage_id"], []).append(row["answer_id"])
         return ids
 

@@ -7,7 +7,7 @@ so that the adapter answers a client who sends nothing but a question.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import regex
@@ -133,8 +133,13 @@ _COMMON = frozenset(
 )
 
 
-def question_chat(passage: str, heading: str, kind: QuestionKind, count: int, focus: str) -> Chat:
-    """Ask for `count` questions of one kind that the sentence `focus` answers, after a worked example of that kind."""
+def question_chat(
+    passage: str, heading: str, kind: QuestionKind, count: int, focus: str, answers: Sequence[str] = ()
+) -> Chat:
+    """Ask for `count` questions of one kind that the sentence `focus` answers, after a worked example of that kind.
+
+    `answers`, words of that sentence, are what the questions should be asked for.
+    """
     example = _KINDS[kind]
     return [
         {
@@ -147,16 +152,19 @@ def question_chat(passage: str, heading: str, kind: QuestionKind, count: int, fo
         },
         {
             "role": "user",
-            "content": _ask(passage, heading, kind, count, focus if example.example_focus else None),
+            "content": _ask(passage, heading, kind, count, focus if example.example_focus else None, answers),
         },
     ]
 
 
-def _ask(passage: str, heading: str, kind: QuestionKind, count: int, focus: str | None) -> str:
+def _ask(
+    passage: str, heading: str, kind: QuestionKind, count: int, focus: str | None, answers: Sequence[str] = ()
+) -> str:
     source = f"that this sentence answers: {focus.strip()}" if focus else "about the facts above."
+    wanted = f"The answers are: {', '.join(answers)}.\n" if answers else ""
     return (
-        f"{titled(passage, heading)}\n\n---\n\nWrite {count} {_KINDS[kind].instruction} {source}\nName in every "
-        "question the person, place or thing that it asks about."
+        f"{titled(passage, heading)}\n\n---\n\nWrite {count} {_KINDS[kind].instruction} {source}\n{wanted}Name in "
+        "every question the person, place or thing that it asks about."
     )
 
 
@@ -190,6 +198,9 @@ def retrieval_question(
         if fits(asked):
             return asked, count
     return question, 0
+
+
+MOST_TOLD = 6  # content words, of names and dates; a sentence recited has more
 
 
 _JUDGED = (
@@ -277,6 +288,26 @@ def content_words(text: str) -> set[str]:
     }
 
 
+def told_words(question: str, answer: str) -> set[str]:
+    """Return the content words that an answer gives to its question; none if there are many: then it recites."""
+    told = content_words(answer) - content_words(question)
+    return told if len(told) <= MOST_TOLD else set()
+
+
+def untold(sentence: str, told: Container[str]) -> list[str]:
+    """Return the content words of a sentence that were not told, with their neighbours that were not, as they stand."""
+    runs: list[str] = []
+    end = -1
+    for word in _WORD.finditer(sentence):
+        if content_words(word[0]) and word[0].lower() not in told:
+            if runs and sentence[end : word.start()] == " ":
+                runs[-1] += f" {word[0]}"
+            else:
+                runs.append(word[0])
+            end = word.end()
+    return list(dict.fromkeys(runs))
+
+
 def speaks_of_text(text: str) -> bool:
     """True if the text speaks of "the passage", "the article" and the like instead of the subject."""
     return bool(_LEAK.search(text))
@@ -327,7 +358,7 @@ def _known_words(words: set[str], passage: str) -> set[str]:
 
 def prompts_digest() -> str:
     """Change whenever any prompt changes: part of the settings of the stages that use them."""
-    chats = [question_chat("<passage>", "<heading>", kind, 0, "<focus>") for kind in QUESTION_KINDS]
+    chats = [question_chat("<passage>", "<heading>", kind, 0, "<focus>", ["<answer>"]) for kind in QUESTION_KINDS]
     return digest(json.dumps([chats, teacher_chat("<passage>", "<heading>", "<question>"), student_chat("<question>")]))
 
 

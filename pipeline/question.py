@@ -6,8 +6,9 @@ other seeds for a bounded number of rounds.
 """
 
 import math
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -25,6 +26,8 @@ from pipeline.prompts import (
     question_chat,
     questions_schema,
     sentences,
+    told_words,
+    untold,
 )
 from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, seed_of, to_table
 from pipeline.stage import Job
@@ -97,8 +100,9 @@ class QuestionWriter:
         had: dict[str, list[dict[str, str]]] = {}
         for row in kept.to_pylist():
             had.setdefault(row["passage_id"], []).append(row)
+        told = self._told(kept, passages) if self._ask_again else {}
         quotas = [
-            _Quota(passage, self._settings, had.get(passage["passage_id"], []))
+            _Quota(passage, self._settings, had.get(passage["passage_id"], []), told.get(passage["passage_id"], set()))
             for passage in passages
             if self._ask_again or passage["passage_id"] not in had
         ]
@@ -116,6 +120,15 @@ class QuestionWriter:
             stats=self._engine.stats.since(before)
             | {"passages": len(quotas), "passages_full": sum(quota.is_full for quota in quotas)},
         )
+
+    def _told(self, questions: pa.Table, passages: list[dict[str, Any]]) -> dict[str, set[str]]:
+        """Return the words that the previous run's answers to these questions told, by the passage they are about."""
+        texts = dict(zip(questions["question_id"].to_pylist(), questions["text"].to_pylist(), strict=True))
+        told: dict[str, set[str]] = {}
+        answers = self._previous.rows("filter", passages).select(["question_id", "passage_id", "text"])
+        for row in answers.to_pylist():
+            told.setdefault(row["passage_id"], set()).update(told_words(texts[row["question_id"]], row["text"]))
+        return told
 
     def _ask(self, calls: list[tuple["_Quota", Call]]) -> None:
         engine, settings = self._engine, self._settings
@@ -140,12 +153,22 @@ class QuestionWriter:
 
 
 class _Quota:
-    """The questions of one passage: how many of each kind are still wanted, what was kept and what rejected."""
+    """The questions of one passage: how many of each kind are still wanted, what was kept and what rejected.
 
-    def __init__(self, passage: dict[str, Any], settings: QuestionSection, had: Sequence[dict[str, str]] = ()) -> None:
+    Once answers have told some of its words, it is asked for the others.
+    """
+
+    def __init__(
+        self,
+        passage: dict[str, Any],
+        settings: QuestionSection,
+        had: Sequence[dict[str, str]] = (),
+        told: Container[str] = (),
+    ) -> None:
         self._passage = passage
         self._settings = settings
         self._sentences = sentences(passage["text"])
+        self._untold = [untold(sentence, told) for sentence in self._sentences] if told else []
         per_sentence = settings.per_sentence
         self._wanted = per_sentence * len(self._sentences) if per_sentence else settings.per_passage
         share, rest = divmod(self._wanted, len(settings.kinds))
@@ -174,8 +197,13 @@ class _Quota:
         # Every kind starts at another sentence, so that a small quota still spreads over the passage.
         turn = self._settings.kinds.index(call.kind) + self._asked[call.kind]
         self._asked[call.kind] += 1
-        focus = self._sentences[turn % len(self._sentences)]
-        return question_chat(passage["text"], passage["heading"], call.kind, self._settings.per_call, focus)
+        focus, answers = self._sentences[turn % len(self._sentences)], []
+        if any(self._untold):
+            rng = random.Random(call.request_id(self._settings.seed))
+            (number,) = rng.choices(range(len(self._untold)), [len(words) for words in self._untold])
+            focus, words = self._sentences[number], self._untold[number]
+            answers = rng.sample(words, min(self._settings.per_call, len(words)))
+        return question_chat(passage["text"], passage["heading"], call.kind, self._settings.per_call, focus, answers)
 
     def give_up(self, call: Call, prompt_tokens: int, room: int) -> None:
         """Reject a call whose prompt leaves no room for a reply; the kind is asked for no more."""

@@ -98,7 +98,7 @@ def summarise(config: Config) -> dict[str, Any]:
         "questions_per_passage": round(question["rows_out"] / max(1, manifests["chunk"]["rows_out"]), 2),
         "coverage": {
             "passages_with_full_quota": _share(question["stats"], "passages_full", "passages"),
-            "sentences_touched": _share(kept["stats"], "sentences_touched", "sentences"),
+            "words_told": _share(kept["stats"], "words_told", "words"),
         },
         "bytes_per_answer_token": round(answer["bytes"] / answer_tokens, 1),
         "tail_mass": round(stats["tail_mass_sum"] / answer_tokens, 4),
@@ -116,7 +116,7 @@ def summarise(config: Config) -> dict[str, Any]:
 
 
 def _share(stats: dict[str, float], part: str, whole: str) -> float | None:
-    return round(stats[part] / stats[whole], 4) if stats[whole] else None
+    return round(stats[part] / stats[whole], 4) if stats.get(whole) else None  # a version before may not have counted
 
 
 def _rate(stats: dict[str, float]) -> float:

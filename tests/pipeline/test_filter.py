@@ -63,8 +63,14 @@ def test_unfinished_leaking_and_inventing_answers_are_kept_on_request() -> None:
     assert find_reasons(table, QUESTIONS, PASSAGES, settings) == [None]
 
 
-def test_coverage_counts_sentences_that_a_pair_touches() -> None:
-    passages = {"p": {"text": "Rosa Lindqvist built the Kestrel Mill. Barley prices collapsed after the great flood."}}
-    touched = measure_coverage(passages, QUESTIONS, answers(("q", "Rosa Lindqvist built the Kestrel Mill.", "stop")))
-    assert touched == {"sentences": 2, "sentences_touched": 1}
-    assert measure_coverage(passages, QUESTIONS, answers())["sentences_touched"] == 0
+def test_coverage_counts_the_words_that_an_answer_gives_to_its_question() -> None:
+    text = "Rosa Lindqvist built the Kestrel Mill. Barley prices collapsed after the great flood downstream."
+    passages = {"p": {"text": text}}
+
+    def told(*texts: str) -> dict[str, float]:
+        return measure_coverage(passages, QUESTIONS, answers(*(("q", text, "stop") for text in texts)))
+
+    assert told() == {"words": 11, "words_told": 0}
+    assert told("Rosa Lindqvist built the Kestrel Mill.")["words_told"] == 3, "the question has two"
+    assert told("Rosa Lindqvist, a baker of Oslo.")["words_told"] == 2, "two of them are not in the passage"
+    assert told(text)["words_told"] == 0, "it recites"

@@ -28,8 +28,8 @@ STATS = {
     "cached_tokens": 50,
     "passages": 4,
     "passages_full": 3,
-    "sentences": 10,
-    "sentences_touched": 7,
+    "words": 10,
+    "words_told": 7,
     "tail_mass_sum": 432.1,
 }
 TRAINING = {"steps": 40, "tokens": 98765, "seconds": 100.0, "tokens_per_s": 987.6}
