@@ -214,7 +214,7 @@ class Update(Section):
     model again."""
     ask_again: bool = False
     """Second round: about the unchanged passages, too, `question.per_passage` questions are written that were not asked
-    there."""
+    there, for the words first that no short answer there has told."""
 
     @model_validator(mode="after")
     def _check(self) -> "Update":

@@ -123,6 +123,7 @@ _DENSE = re.compile(rf"[{UNSPACED}\ua000-\uf8ff]")  # these and syllabic scripts
 _BETWEEN_SPACES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _WORD = regex.compile(r"[\w\p{M}]+")  # with the vowel signs of Indic scripts, which are no letters to Python
 _QUESTION_END = regex.compile(r"(?:[?\uff1f\u061f\u037e]|\p{Greek}\s?;)$")
+_MOST_TOLD = 6  # content words that an answer gives to its question; a sentence recited has more
 _COMMON = frozenset(
     """
     about after also been before being between both could does doing during each from have having into just like
@@ -198,9 +199,6 @@ def retrieval_question(
         if fits(asked):
             return asked, count
     return question, 0
-
-
-MOST_TOLD = 6  # content words, of names and dates; a sentence recited has more
 
 
 _JUDGED = (
@@ -291,7 +289,7 @@ def content_words(text: str) -> set[str]:
 def told_words(question: str, answer: str) -> set[str]:
     """Return the content words that an answer gives to its question; none if there are many: then it recites."""
     told = content_words(answer) - content_words(question)
-    return told if len(told) <= MOST_TOLD else set()
+    return told if len(told) <= _MOST_TOLD else set()
 
 
 def untold(sentence: str, told: Container[str]) -> list[str]:

@@ -20,6 +20,8 @@ from pipeline.prompts import (
     speaks_of_text,
     student_chat,
     teacher_chat,
+    told_words,
+    untold,
 )
 
 PASSAGE = "The Kestrel Mill on the Arden was built in 1874 by Rosa Lindqvist. It ground barley until the flood of 1921."
@@ -43,6 +45,32 @@ def test_every_kind_has_a_worked_example_that_follows_its_own_rules(kind: Questi
         assert is_about(question, source), question
         assert not speaks_of_text(question)
     assert ask["content"].startswith(PASSAGE)
+
+
+def test_questions_are_asked_for_the_answers_that_are_wanted() -> None:
+    *example, ask = question_chat(PASSAGE, "", "fact", 3, PASSAGE, ["Rosa Lindqvist", "1874"])
+    *same, plain = question_chat(PASSAGE, "", "fact", 3, PASSAGE)
+    assert "The answers are: Rosa Lindqvist, 1874.\n" in ask["content"]
+    assert example == same and "The answers" not in plain["content"]
+
+
+def test_what_a_short_answer_gives_to_its_question_is_told() -> None:
+    question = "Who built the mill on the Arden?"
+    assert told_words(question, "Rosa Lindqvist built the mill in 1874.") == {"rosa", "lindqvist", "1874"}
+    assert not told_words(question, "The mill on the Arden was built.")
+    assert not told_words(question, PASSAGE), "it recites"
+
+
+def test_what_was_not_told_stands_with_its_neighbours() -> None:
+    sentence = "Rosa Lindqvist built the Kestrel Mill, a corn mill, on the Arden in 1874; Rosa Lindqvist sold it."
+    assert untold(sentence, {"1874", "arden"}) == [
+        "Rosa Lindqvist built",
+        "Kestrel Mill",
+        "corn mill",
+        "Rosa Lindqvist sold",
+    ]
+    assert untold(sentence, {"built", "kestrel", "sold", "1874", "corn", "mill", "arden"}) == ["Rosa Lindqvist"]
+    assert untold(sentence, content_words(sentence)) == []
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,24 @@ def test_what_a_passage_was_asked_before_is_not_asked_again() -> None:
     assert [row.reason for row in quota.rejected] == ["duplicate_question"]
 
 
+def test_a_passage_is_asked_for_what_no_answer_told() -> None:
+    settings = QuestionSection(per_passage=12, kinds=["fact"], per_call=2)
+
+    def asked(told: set[str]) -> list[str]:
+        quota = _Quota(PASSAGE, settings, [], told)
+        return [
+            quota.chat(call)[-1]["content"].partition("that this sentence answers: ")[2] for call in quota.open_calls(0)
+        ]
+
+    for text in asked({"kestrel", "mill", "ground", "barley", "arden", "built"}):
+        assert text.startswith("The Kestrel Mill was built in 1874"), "of the other sentence all is told"
+        assert "The answers are: Rosa Lindqvist, 1874." in text or "The answers are: 1874, Rosa Lindqvist." in text
+    sentences = {text.partition("\n")[0] for text in asked({"kestrel", "mill"})}
+    assert len(sentences) == 2, "both have something left"
+    everything = {"kestrel", "mill", "ground", "barley", "arden", "built", "1874", "rosa", "lindqvist"}
+    assert asked(everything) == asked(set()), "with nothing left, it is asked as it was first"
+
+
 def test_calls_of_a_kind_walk_through_the_sentences() -> None:
     quota = _Quota(PASSAGE, SETTINGS)
     asked = [quota.chat(call)[-1]["content"] for call in quota.open_calls(0) if call.kind == "fact"]
