@@ -119,11 +119,12 @@ _NUMBER = re.compile(r"(?<!\d)\d{1,3}(?:[.,'\u2019\s]\d{3})+(?!\d)|\d+")  # thou
 _ITEM = re.compile(r"^\s*(?:(?:Q|Question)?\s?\(?\d{1,2}[.):]|[-*\u2022]|Q:)\s*(.+)$")
 # Scripts that put no spaces between words, their punctuation, and emoji.
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U0001f000-\U0003ffff"
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 _DENSE = re.compile(rf"[{UNSPACED}\ua000-\uf8ff]")  # these and syllabic scripts, Hangul above all: a letter says much
 _BETWEEN_SPACES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _WORD = regex.compile(r"[\w\p{M}]+")  # with the vowel signs of Indic scripts, which are no letters to Python
 _QUESTION_END = regex.compile(r"(?:[?\uff1f\u061f\u037e]|\p{Greek}\s?;)$")
-_MOST_TOLD = 6  # content words that an answer gives to its question; a sentence recited has more
+_MOST_TOLD = 6  # words that an answer gives to its question; a sentence recited has more
 _COMMON = frozenset(
     """
     about after also been before being between both could does doing during each from have having into just like
@@ -286,18 +287,23 @@ def content_words(text: str) -> set[str]:
     }
 
 
+def spaced_words(text: str) -> set[str]:
+    """Return the content words that stand between spaces: what can be told, or not, one by one."""
+    return {word for word in content_words(text) if not _UNSPACED.search(word)}
+
+
 def told_words(question: str, answer: str) -> set[str]:
-    """Return the content words that an answer gives to its question; none if there are many: then it recites."""
-    told = content_words(answer) - content_words(question)
+    """Return the words that an answer gives to its question; none if there are many: then it recites."""
+    told = spaced_words(answer) - spaced_words(question)
     return told if len(told) <= _MOST_TOLD else set()
 
 
 def untold(sentence: str, told: Container[str]) -> list[str]:
-    """Return the content words of a sentence that were not told, with their neighbours that were not, as they stand."""
+    """Return the words of a sentence that were not told, neighbours together, as they stand there."""
     runs: list[str] = []
     end = -1
     for word in _WORD.finditer(sentence):
-        if content_words(word[0]) and word[0].lower() not in told:
+        if spaced_words(word[0]) and word[0].lower() not in told:
             if runs and sentence[end : word.start()] == " ":
                 runs[-1] += f" {word[0]}"
             else:

@@ -71,6 +71,7 @@ def test_what_was_not_told_stands_with_its_neighbours() -> None:
     ]
     assert untold(sentence, {"built", "kestrel", "sold", "1874", "corn", "mill", "arden"}) == ["Rosa Lindqvist"]
     assert untold(sentence, content_words(sentence)) == []
+    assert untold("\u78e8\u574a\u5efa\u4e8e1874\u5e74\u3002", set()) == [], "it is one word without spaces"
 
 
 @pytest.mark.parametrize(
