@@ -214,7 +214,10 @@ class Update(Section):
     model again."""
     ask_again: bool = False
     """Second round: about the unchanged passages, too, `question.per_passage` questions are written that were not asked
-    there, for the words first that no short answer there has told."""
+    there."""
+    ask_for_untold: bool = False
+    """The second round asks for the words that no short answer has given: once most are, which the report's coverage
+    says, other questions hardly find the rest. Before that it is no help to a small model."""
 
     @model_validator(mode="after")
     def _check(self) -> "Update":
@@ -222,6 +225,8 @@ class Update(Section):
             raise ValueError("forget_removed = true needs previous_run, to know what was removed; set it")
         if self.ask_again and self.previous_run is None:
             raise ValueError("ask_again = true needs previous_run, to know what was asked; set it")
+        if self.ask_for_untold and not self.ask_again:
+            raise ValueError("ask_for_untold = true is about a second round; set ask_again, too")
         return self
 
 

@@ -2,7 +2,8 @@
 
 In: one shard of passages per unit. Out: questions in the order of their passages; what cannot be used is Rejected.
 Ids name the slot (passage, kind, round, call, ordinal), not the sampled text. An open quota is asked for again with
-other seeds for a bounded number of rounds.
+other seeds for a bounded number of rounds. A second run may ask for the words of a passage that no short answer of the
+first one gave.
 """
 
 import math
@@ -61,7 +62,7 @@ def question_job(config: Config, base: BaseModel) -> Job:
             "model": base.identity(),
             "prompts": prompts_digest(),
             "input": passages.require()["data_digest"],
-            **({"ask_again": True} if update.ask_again else {}),
+            **{name: True for name in ("ask_again", "ask_for_untold") if getattr(update, name)},
             **previous_settings(config, base),
         },
         [{"name": shard.removesuffix(".parquet")} for shard in passages.shards()],
@@ -71,6 +72,7 @@ def question_job(config: Config, base: BaseModel) -> Job:
             "settings": settings,
             "previous_run": update.previous_run,
             "ask_again": update.ask_again,
+            "ask_for_untold": update.ask_for_untold,
         },
         config.max_reject_share,
     )
@@ -86,6 +88,7 @@ class QuestionWriter:
         engine: Engine,
         previous_run: str | None = None,
         ask_again: bool = False,
+        ask_for_untold: bool = False,
     ) -> None:
         self._passages = Stage(run_dir, "chunk", PASSAGE)
         self._questions = Stage(run_dir, "question", QUESTION)
@@ -93,6 +96,7 @@ class QuestionWriter:
         self._engine = engine
         self._previous = PreviousRun(previous_run)
         self._ask_again = ask_again
+        self._ask_for_untold = ask_for_untold
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
@@ -100,7 +104,7 @@ class QuestionWriter:
         had: dict[str, list[dict[str, str]]] = {}
         for row in kept.to_pylist():
             had.setdefault(row["passage_id"], []).append(row)
-        told = self._told(kept, passages) if self._ask_again else {}
+        told = self._told(kept, passages) if self._ask_for_untold else {}
         quotas = [
             _Quota(passage, self._settings, had.get(passage["passage_id"], []), told.get(passage["passage_id"], set()))
             for passage in passages

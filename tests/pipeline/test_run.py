@@ -366,7 +366,8 @@ def test_an_update_writes_about_what_changed_alone(finished: tuple[Path, dict, P
 
 def test_a_second_round_asks_other_questions(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
     folder, _, config = finished
-    settings = (f"run_dir={tmp_path}/run", f"update.previous_run={folder}/run", "update.ask_again=true")
+    update = (f"update.previous_run={folder}/run", "update.ask_again=true", "update.ask_for_untold=true")
+    settings = (f"run_dir={tmp_path}/run", *update)
     for command in ("read", "chunk", "write"):
         finish(config, command, *settings)
     asked, before = (Stage(str(run), "question", QUESTION) for run in (tmp_path / "run", folder / "run"))
