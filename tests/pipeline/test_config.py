@@ -164,6 +164,19 @@ def test_an_update_has_a_run_directory_of_its_own(path: Path) -> None:
         load_config(path, ["run_dir=runs/a", "update.previous_run=runs/a/"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("forget_removed", "needs previous_run"),
+        ("ask_again", "needs previous_run"),
+        ("ask_for_untold", "set ask_again"),
+    ],
+)
+def test_an_update_is_told_what_it_lacks(path: Path, setting: str, message: str) -> None:
+    (line,) = errors(path, f"update.{setting}=true")
+    assert f"{setting} = true" in line and message in line
+
+
 def test_shares_leave_room_for_the_corpus(path: Path) -> None:
     shares = ("update.replay_share=0.5", "general.share=0.3", "reading.share=0.3", "reading.per_passage=2")
     assert load_config(path, shares[:3]).shares == {"old": 0.0, "general": 0.3, "reading": 0.0}
