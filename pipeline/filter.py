@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
-from pipeline.prompts import invents_number, normalise, spaced_words, speaks_of_text, titled, told_words
+from pipeline.prompts import invents_number, normalise, spaced_words, speaks_of_text, titled, told_by_passage
 from pipeline.resources import worker_options
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
 from pipeline.stage import Actors, Job, run_alike
@@ -128,9 +128,7 @@ def measure_coverage(
     passages: dict[str, dict[str, Any]], questions: dict[str, str], answers: pa.Table
 ) -> dict[str, float]:
     """Count the words of the passages, each once a passage, and those that some kept answer tells."""
-    told: dict[str, set[str]] = {passage_id: set() for passage_id in passages}
-    for row in answers.select(["passage_id", "question_id", "text"]).to_pylist():
-        told[row["passage_id"]] |= told_words(questions[row["question_id"]], row["text"])
+    told = told_by_passage(questions, answers.select(["passage_id", "question_id", "text"]).to_pylist())
     words = {passage_id: spaced_words(passage["text"]) for passage_id, passage in passages.items()}
     return {
         "words": sum(map(len, words.values())),

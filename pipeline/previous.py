@@ -18,6 +18,7 @@ from pipeline.store import Folder, Stage, require_line
 
 CACHED_UNITS = 4  # and shards
 IDS = ("question_id", "answer_id")
+SCHEMAS = {"question": QUESTION, "answer": ANSWER, "filter": ANSWER}  # of the stages whose rows are gone on from
 
 
 class PreviousRun:
@@ -34,8 +35,7 @@ class PreviousRun:
                 there = (shard.removesuffix(".parquet"), row["passage_id"])
                 if self._passages.setdefault(_key(row), there) != there:
                     self._twins[_key(row), row["passage_id"]] = there[0]
-        self._stages = {name: Stage(run_dir, name, ANSWER) for name in ("answer", "filter")}
-        self._stages["question"] = Stage(run_dir, "question", QUESTION)
+        self._stages = {name: Stage(run_dir, name, schema) for name, schema in SCHEMAS.items()}
         self._read = lru_cache(CACHED_UNITS)(lambda stage, unit: self._stages[stage].read_unit(unit))
         self._trained = lru_cache(CACHED_UNITS)(self._trained_ids)
 
@@ -45,9 +45,8 @@ class PreviousRun:
 
     def rows(self, stage: str, passages: list[dict[str, Any]]) -> pa.Table:
         """Return what the stage `question`, `answer` or `filter` has about those of these passages that stood there."""
-        schema = QUESTION if stage == "question" else ANSWER
         held = filter(self.holds, passages)
-        return pa.concat_tables([schema.empty_table(), *(self._rows(stage, passage) for passage in held)])
+        return pa.concat_tables([SCHEMAS[stage].empty_table(), *(self._rows(stage, passage) for passage in held)])
 
     def split(self, answers: pa.Table, passages: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
         """Part answers about these passages into those that its adapter was not trained on, and those that it was."""

@@ -7,7 +7,8 @@ so that the adapter answers a client who sends nothing but a question.
 
 import json
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import regex
@@ -296,6 +297,14 @@ def told_words(question: str, answer: str) -> set[str]:
     """Return the words that an answer gives to its question; none if there are many: then it recites."""
     told = spaced_words(answer) - spaced_words(question)
     return told if len(told) <= _MOST_TOLD else set()
+
+
+def told_by_passage(questions: Mapping[str, str], answers: Iterable[Mapping[str, str]]) -> dict[str, set[str]]:
+    """Return the words that answers told, by the passage that they are about; `questions` maps ids to texts."""
+    told: dict[str, set[str]] = defaultdict(set)
+    for row in answers:
+        told[row["passage_id"]] |= told_words(questions[row["question_id"]], row["text"])
+    return told
 
 
 def untold(sentence: str, told: Container[str]) -> list[str]:

@@ -27,7 +27,7 @@ from pipeline.prompts import (
     question_chat,
     questions_schema,
     sentences,
-    told_words,
+    told_by_passage,
     untold,
 )
 from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, seed_of, to_table
@@ -128,11 +128,8 @@ class QuestionWriter:
     def _told(self, questions: pa.Table, passages: list[dict[str, Any]]) -> dict[str, set[str]]:
         """Return the words that the previous run's answers to these questions told, by the passage they are about."""
         texts = dict(zip(questions["question_id"].to_pylist(), questions["text"].to_pylist(), strict=True))
-        told: dict[str, set[str]] = {}
         answers = self._previous.rows("filter", passages).select(["question_id", "passage_id", "text"])
-        for row in answers.to_pylist():
-            told.setdefault(row["passage_id"], set()).update(told_words(texts[row["question_id"]], row["text"]))
-        return told
+        return told_by_passage(texts, answers.to_pylist())
 
     def _ask(self, calls: list[tuple["_Quota", Call]]) -> None:
         engine, settings = self._engine, self._settings
