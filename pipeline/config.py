@@ -198,7 +198,8 @@ class FilterSection(Section):
     reject_invented_numbers: bool = True
     """Reject answers with a number of three digits or more, a year above all, that neither passage nor question has."""
     min_initial_kl: float | None = Field(default=None, ge=0)
-    """Drop answers on which the closed-book model agrees with the teacher: mean KL per token, in nats, below this."""
+    """Drop answers on which the closed-book model, in an update the adapter that it goes on from, agrees with the
+    teacher: mean KL per token, in nats, below this. What that adapter was trained on is kept, to be replayed."""
 
 
 class Update(Section):

@@ -8,11 +8,11 @@ measured here, because only here it is known which questions and answers remain.
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
+from pipeline.previous import PreviousRun
 from pipeline.prompts import invents_number, normalise, spaced_words, speaks_of_text, titled, told_by_passage
 from pipeline.resources import worker_options
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
@@ -32,7 +32,9 @@ def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:
 def filter_job(config: Config) -> Job:
     """Describe the stage; it needs the complete answer stage."""
     answers = Stage(config.run_dir, "answer", ANSWER)
-    held_out = hold_out(config)
+    held_out, starts_from = hold_out(config), {}
+    if config.update.previous_run and config.filter.min_initial_kl is not None:
+        starts_from["adapter"] = Stage(config.update.previous_run, "train", ANSWER).require()["data_digest"]
     return Job(
         Stage(config.run_dir, "filter", ANSWER),
         {
@@ -42,6 +44,7 @@ def filter_job(config: Config) -> Job:
                 "questions": digest(*sorted(held_out.texts)),
                 "near_duplicate_threshold": config.evaluate.near_duplicate_threshold,
             },
+            **starts_from,
         },
         [{"name": name} for name in sorted(answers.committed())],
         AnswerFilter,
@@ -51,7 +54,7 @@ def filter_job(config: Config) -> Job:
 
 
 class AnswerFilter:
-    """One unit is one shard of answers; it is judged by the closed-book model if there is a least initial KL."""
+    """One unit is one shard of answers; new ones are scored by what training starts from if there is a least KL."""
 
     def __init__(self, config: Config, held_out: HeldOut) -> None:
         self._config = config
@@ -62,6 +65,7 @@ class AnswerFilter:
         self._settings = config.filter
         self._held_out = held_out
         self._near = NearQuestions(held_out)
+        self._previous = PreviousRun(None if config.filter.min_initial_kl is None else config.update.previous_run)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         passages = {row["passage_id"]: row for row in self._chunk.read_shard(f"{unit['name']}.parquet").to_pylist()}
@@ -74,10 +78,12 @@ class AnswerFilter:
             elif reasons[index] is None and self._near.holds(texts[question_id]):
                 reasons[index] = "near_evaluation"
         if (least := self._settings.min_initial_kl) is not None:
-            from pipeline.student import shared_scorer
+            from pipeline.student import initial_scorer
 
-            kept = np.flatnonzero([reason is None for reason in reasons])
-            for index, kl in zip(kept, shared_scorer(self._config).initial_kl(answers.take(kept)), strict=True):
+            new = set(self._previous.split(answers, list(passages.values()))[0]["answer_id"].to_pylist())
+            ids = answers["answer_id"].to_pylist()
+            judged = [index for index, reason in enumerate(reasons) if reason is None and ids[index] in new]
+            for index, kl in zip(judged, initial_scorer(self._config).kl(answers.take(judged)), strict=True):
                 if kl < least:
                     reasons[index] = "nothing_to_learn"
         kept_answers = answers.filter(pa.array([reason is None for reason in reasons], pa.bool_()))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.batch import Packed, common_opening, pack, plan_epoch, samples_of, topk_of
 from pipeline.config import Config, Lora, Train
 from pipeline.loss import Signal, TopK, answer_losses
+from pipeline.previous import adapter_of
 from pipeline.resources import compute_dtype
 from pipeline.store import Folder
 
@@ -85,7 +86,7 @@ class Student(nn.Module):
 
 
 class KlScorer:
-    """A student for measuring only: the base model with a trained adapter, or with none."""
+    """A student for measuring only: the base model with a trained adapter, or with a fresh one, which does nothing."""
 
     def __init__(self, train: Train, base_path: str, num_threads: int, adapter: Folder | None = None) -> None:
         """Load both; `adapter` is a PEFT folder, wherever it is."""
@@ -125,15 +126,20 @@ class KlScorer:
         return result
 
 
-_loaded: dict[str, KlScorer] = {}
+_loaded: dict[tuple[str, str | None], KlScorer] = {}
 
 
-def shared_scorer(config: Config) -> KlScorer:
-    """Return a scorer without a trained adapter, for all corpora of this process."""
-    path = config.model.path
-    if path not in _loaded:
-        _loaded[path] = KlScorer(config.train, path, config.cluster.worker_cpus)
-    return _loaded[path]
+def initial_scorer(config: Config) -> KlScorer:
+    """Return a scorer of what training starts from: the previous run's adapter, or none.
+
+    A process holds the last one, which is that of all corpora without a previous run.
+    """
+    path, previous_run = config.model.path, config.update.previous_run
+    if (path, previous_run) not in _loaded:
+        _loaded.clear()
+        adapter = adapter_of(previous_run) if previous_run else None
+        _loaded[path, previous_run] = KlScorer(config.train, path, config.cluster.worker_cpus, adapter)
+    return _loaded[path, previous_run]
 
 
 class GreedyReply(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -29,7 +30,7 @@ from pipeline.previous import previous_settings
 from pipeline.prompts import student_chat, teacher_chat
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
 from pipeline.stage import only
-from pipeline.store import Stage
+from pipeline.store import Folder, Stage
 from pipeline.student import KlScorer
 from pipeline.train import train_adapters
 from pipeline.train_loop import TrainLoop
@@ -288,19 +289,25 @@ def test_workers_save_before_their_node_goes_and_stay_where_their_labels_are(
     assert [entry["step"] for entry in history] == list(range(1, len(history) + 1))
 
 
-def test_an_update_goes_on_from_the_previous_adapter_with_old_answers_among_the_new(
-    reference: tuple[list[float], Path], answered: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    """One passage of three is new: an epoch has its answers once, and a few of the old and the general ones."""
-    first, adapter = reference
-    previous = adapter.parents[1]
-    changed = tmp_path / "changed"
-    shutil.copytree(answered, changed)
-    shard = changed / "chunk" / "data" / "0-00000.parquet"
+@pytest.fixture(scope="module")
+def changed(answered: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run directory after the text of passage p2 changed."""
+    run_dir = tmp_path_factory.mktemp("changed") / "run"
+    shutil.copytree(answered, run_dir)
+    shard = run_dir / "chunk" / "data" / "0-00000.parquet"
     passages = pq.read_table(shard)
     texts = passages["text"].to_pylist()
     text = pa.array([*texts[:2], f"{texts[2]} It burnt down."])
     pq.write_table(passages.set_column(passages.column_names.index("text"), "text", text), shard)
+    return run_dir
+
+
+def test_an_update_goes_on_from_the_previous_adapter_with_old_answers_among_the_new(
+    reference: tuple[list[float], Path], changed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """One passage of three is new: an epoch has its answers once, and a few of the old and the general ones."""
+    first, adapter = reference
+    previous = adapter.parents[1]
     losses, _ = train(changed, tiny_model, tmp_path, f"update={{previous_run='{previous}', replay_share=0.2}}")
     assert losses[0] < 0.8 * first[0], "the adapter of the previous run knows these answers"
     assert len(losses) < len(first), "an epoch is shorter than one over the whole corpus"
@@ -318,6 +325,27 @@ def test_answers_that_teach_nothing_are_left_out(
     assert only(filter_answers([config]))["rejected"] == {"nothing_to_learn": NUM_ANSWERS // 2}
     kept = Stage(config.run_dir, "filter", ANSWER).read_unit("0-00000")["answer_id"].to_pylist()
     assert kept == [name for name, value in zip(answers["answer_id"].to_pylist(), kl, strict=True) if value >= least]
+
+
+def test_in_an_update_the_adapter_says_what_teaches_nothing(
+    reference: tuple[list[float], Path], changed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    _, adapter = reference
+    config = load_config(
+        write_run(tmp_path, changed, tiny_model), ["evaluate.held_out=0", f"update.previous_run={adapter.parents[1]}"]
+    )
+    answers = Stage(str(changed), "answer", ANSWER).read_unit("0-00000")
+    new = answers.filter(pc.field("passage_id") == "p2")
+    kl = KlScorer(config.train, str(tiny_model), 1, Folder(str(adapter))).kl(new)
+    config = config.model_copy(
+        update={"filter": config.filter.model_copy(update={"min_initial_kl": float(np.median(kl))})}
+    )
+    shutil.rmtree(tmp_path / "run" / "filter")
+    assert only(filter_answers([config]))["rejected"] == {"nothing_to_learn": len(new) // 2}
+    kept = set(Stage(config.run_dir, "filter", ANSWER).read_unit("0-00000")["answer_id"].to_pylist())
+    assert {name for name in answers["answer_id"].to_pylist() if name not in kept} == {
+        name for name, value in zip(new["answer_id"].to_pylist(), kl, strict=True) if value < np.median(kl)
+    }, "what is old is kept to be replayed"
 
 
 def test_an_update_with_nothing_new_keeps_the_adapter(
