@@ -29,7 +29,9 @@ _LABEL = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
 LabelKey = Annotated[str, Field(pattern=rf"^({_LABEL}/)?{_LABEL}$")]
 LabelSelector = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
 CORPUS = "{corpus}"
-QuestionKind = Literal["fact", "definition", "detail", "comparison", "summary", "use"]
+QuestionKind = Literal[
+    "fact", "definition", "detail", "comparison", "summary", "use", "implication", "negative", "rewrite"
+]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
 ENGINE_KEYS_SET_HERE = frozenset(
@@ -128,7 +130,7 @@ class QuestionSection(Sampling):
     """Quota of distinct, standalone questions for each passage, shared out over the kinds."""
     per_sentence: int | None = Field(default=None, ge=1)
     """Quota for each sentence of a passage, instead: where much is said, much is asked."""
-    kinds: list[QuestionKind] = Field(default=list(QUESTION_KINDS), min_length=1)
+    kinds: list[QuestionKind] = Field(default=list(QUESTION_KINDS[:6]), min_length=1)
     """Kinds of question to ask for."""
     per_call: int = Field(default=3, ge=1, le=20)
     """Questions asked for in one reply."""
