@@ -7,7 +7,7 @@ missing, exit code 2 if there is any.
 import argparse
 import sys
 
-from pipeline.config import load_config
+from pipeline.config import load_config, load_configs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,14 +19,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job, not only its log")
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = load_config(options.config, options.overrides)
         if options.command == "submit":
             from cluster.submit import submit
 
+            load_configs(options.config, options.overrides, names=["corpus"])  # those of the corpora are on the nodes
             return submit(options.config, options.overrides, options.address, options.stop_on_interrupt)
         from cluster.check import check
 
-        findings = check(config, options.address)
+        findings = check(load_config(options.config, options.overrides), options.address)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -31,10 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", metavar="REASON", help="publish an adapter that is below publish.gate, and say why")
     options = parser.parse_intermixed_args(arguments)
     try:
-        configs = load_configs(options.config, options.overrides)
+        loaded = load_configs(options.config, options.overrides)
+        configs = {name: config for name, config in loaded.items() if isinstance(config, Config)}
+        wrong = {name: error for name, error in loaded.items() if isinstance(error, ValueError)}
         # Stdout is for the result alone; DeepSpeed, among others, logs to it.
         with contextlib.redirect_stdout(sys.stderr):
-            results = _command(options, configs)
+            results = wrong | _command(options, configs)
+    except OSError as error:  # storage or a cluster that cannot be reached
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2
@@ -62,10 +67,12 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     from pipeline.resources import demands, refuse_small_machine
     from pipeline.stage import attempt, ray_session
 
-    base = load_base_model(next(iter(configs.values())).model.path)
-    if command in ("run", "plan"):
-        first = next(iter(configs.values()))
-        refuse_small_machine(first.cluster, demands(first))
+    first = next(iter(configs.values()))
+    base = load_base_model(first.model.path)
+    heavy = {"write"} if command in PARTS else {command}
+    if command in ("run", "plan", "evaluate"):
+        heavy = {"write", "train"}
+    refuse_small_machine(first.cluster, [each for each in demands(first) if each.stage in heavy])
     results = {name: attempt(partial(_prepare, config, command)) for name, config in configs.items()}
     with ray_session():
         for stage in STAGES if command == "run" else (command,):
@@ -84,7 +91,8 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
 
 def _prepare(config: Config, command: str) -> None:
     """Raise ValueError for what would fail hours later."""
-    from pipeline.held_out import load_questions, read_questions
+    from pipeline.base_model import refuse_unknown_layers
+    from pipeline.held_out import refuse_long_contexts
     from pipeline.store import Folder
 
     model = config.evaluate.embedding_model
@@ -93,8 +101,9 @@ def _prepare(config: Config, command: str) -> None:
     judge = config.evaluate.judge
     if judge and judge.model and not judge.url and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("evaluate.judge.model needs OPENAI_API_KEY in the environment, or evaluate.judge.url; set one")
-    load_questions(config.evaluate)
-    read_questions("evaluate.unrelated", config.evaluate.unrelated)
+    refuse_long_contexts(config)
+    if config.train.lora.target_modules != "all-linear":
+        refuse_unknown_layers(config.model.path, config.train.lora.target_modules)
     folders = {"run_dir": Folder(config.run_dir)}
     if command in ("run", "publish"):
         folders["publish.registry"] = Folder(config.publish.registry)

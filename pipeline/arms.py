@@ -113,8 +113,8 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         text, count = retrieval_question([{"heading": "", "text": question.context}], question.question, fits)
         if not count:
             raise ValueError(
-                f"evaluate.unrelated: the context of {question.id!r} is too long; shorten it, lower "
-                "evaluate.max_tokens or raise model.max_model_len"
+                f"evaluate.unrelated: the context of {question.id!r} is too long; shorten it, or lower "
+                "evaluate.max_tokens"
             )
         reading.append(student_chat(text))
     contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
@@ -125,7 +125,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         first = rejected[0]
         raise ValueError(
             f"{len(rejected)} contexts of evaluation questions are too long, first that of {ids[first.record_id]!r} "
-            f"({first.detail}); shorten them, lower evaluate.max_tokens or raise model.max_model_len"
+            f"({first.detail}); shorten them, or lower evaluate.max_tokens"
         )
     plain = [student_chat(question.question) for question in questions]
     general = [student_chat(row["question"]) for row in general_questions()]

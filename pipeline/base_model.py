@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from pipeline.schema import digest
 
 _SAMPLE_BLOCKS = 64
@@ -55,6 +57,21 @@ def load_base_model(path: str) -> BaseModel:
         tokenizer_digest=digest((folder / "tokenizer.json").read_bytes()),
         chat_template_digest=digest(_chat_template(folder)),
     )
+
+
+def refuse_unknown_layers(path: str, names: list[str]) -> None:
+    """Raise ValueError for names of layers that none of the model's weights belongs to, as PEFT matches them."""
+    layers: set[str] = set()
+    for file in Path(path).expanduser().glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as weights:
+            layers |= {f".{key.rpartition('.')[0]}" for key in weights.keys()}  # noqa: SIM118 (no mapping)
+    for name in names:
+        if not any(layer.endswith(f".{name}") for layer in layers):
+            known = sorted({layer.rpartition(".")[2] for layer in layers if layer.endswith("_proj")})
+            raise ValueError(
+                f"train.lora.target_modules: {path!r} has no layer {name!r}; take some of {', '.join(known)}, or "
+                '"all-linear"'
+            )
 
 
 def _refuse_kind(path: str, config: dict[str, Any]) -> None:

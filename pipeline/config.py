@@ -29,6 +29,7 @@ _LABEL = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
 LabelKey = Annotated[str, Field(pattern=rf"^({_LABEL}/)?{_LABEL}$")]
 LabelSelector = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
 CORPUS = "{corpus}"
+AUTO = "auto"  # what clients call the adapter whose corpus fits the question best
 QuestionKind = Literal[
     "fact", "definition", "detail", "comparison", "summary", "use", "implication", "negative", "rewrite"
 ]
@@ -495,8 +496,16 @@ class Config(Section):
         reading_share = self.reading.share if self.reading.per_passage else 0.0
         return {"old": replay_share, "general": self.general.share, "reading": reading_share}
 
+    @property
+    def base_name(self) -> str:
+        """What clients call the base model."""
+        return self.serve.model_name or Path(self.model.path).name
+
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        if self.publish.name in (AUTO, self.base_name):
+            meant = "any adapter" if self.publish.name == AUTO else "the base model"
+            raise ValueError(f"publish.name = {self.publish.name!r} is what clients call {meant}; choose another")
         if self.update.previous_run and self.update.previous_run.rstrip("/") == self.run_dir.rstrip("/"):
             raise ValueError(
                 f"update.previous_run = {self.update.previous_run!r} is run_dir itself; give the update a run_dir "
@@ -513,21 +522,30 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a TOML file and apply `section.key=value` overrides, whose values are TOML (bare words count as strings).
 
-    Of a file for many corpora it gives the first one's: they differ in paths and names only. Raises ValueError with one
-    line per wrong field.
+    Of a file for many corpora it gives the first valid one: they differ in paths and names only. Raises ValueError with
+    one line per wrong field.
     """
-    return next(iter(load_configs(path, overrides).values()))
+    return next(config for config in load_configs(path, overrides).values() if isinstance(config, Config))
 
 
-def load_configs(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Config]:
-    """Like `load_config`, for every corpus by its name; a file without `corpora` is for a single one, named ""."""
+def load_configs(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), names: list[str] | None = None
+) -> dict[str, Config | ValueError]:
+    """Like `load_config`, for every corpus by its name; a file without `corpora` is for a single one, named "".
+
+    A corpus whose name makes a setting wrong has the ValueError instead, unless all have one. `names` are taken for
+    those of the corpora where their folder is out of reach.
+    """
     data = read_settings(path, overrides)
-    try:
-        configs = {name: Config.model_validate(_fill_in(data, name)) for name in _corpora(data)}
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in _describe(error))) from None
-    if any(len({str(getattr(config, name)) for config in configs.values()}) > 1 for name in ("model", "cluster")):
-        raise ValueError(f"{path}: {CORPUS} may not stand in [model] or [cluster], which the corpora share; remove it")
+    configs: dict[str, Config | ValueError] = {}
+    for name in names or _corpora(data):
+        try:
+            configs[name] = Config.model_validate(_fill_in(data, name))
+        except ValidationError as error:
+            configs[name] = ValueError("\n".join(f"{path}: {line}" for line in _describe(error)))
+    errors = [error for error in configs.values() if isinstance(error, ValueError)]
+    if len(errors) == len(configs):
+        raise errors[0]
     return configs
 
 
@@ -557,6 +575,8 @@ def _corpora(data: dict[str, Any]) -> list[str]:
         section, _, key = field.rpartition(".")
         if CORPUS not in str((data.get(section, {}) if section else data).get(key)):
             raise ValueError(f"{field} must hold {CORPUS}, or all of corpora = {corpora!r} would have the same; add it")
+    if CORPUS in str((data.get("model"), data.get("cluster"))):
+        raise ValueError(f"{CORPUS} may not stand in [model] or [cluster], which the corpora share; remove it")
     return names
 
 

@@ -83,7 +83,8 @@ class AnswerFilter:
             new = set(self._previous.split(answers, list(passages.values()))[0]["answer_id"].to_pylist())
             ids = answers["answer_id"].to_pylist()
             judged = [index for index, reason in enumerate(reasons) if reason is None and ids[index] in new]
-            for index, kl in zip(judged, initial_scorer(self._config).kl(answers.take(judged)), strict=True):
+            scores = initial_scorer(self._config).kl(answers.take(judged)) if judged else []
+            for index, kl in zip(judged, scores, strict=True):
                 if kl < least:
                     reasons[index] = "nothing_to_learn"
         kept_answers = answers.filter(pa.array([reason is None for reason in reasons], pa.bool_()))

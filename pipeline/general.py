@@ -126,6 +126,7 @@ class ForgottenWriter:
         self._answers = Stage(previous_run, "answer", ANSWER)
         self._now = PreviousRun(run_dir)
         self._before, self._after = PassagesBySource(previous_run), PassagesBySource(run_dir)
+        self._texts = lru_cache(1)(lambda source: {row["text"] for row in self._after.find(source)})
         self._new_text = lru_cache(1)(self._read_new_text)
         self._settings = settings
         self._engine = engine
@@ -133,7 +134,12 @@ class ForgottenWriter:
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         settings, before = self._settings, self._engine.stats
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
-        gone = {row["passage_id"]: row for row in passages if not self._now.holds(row)}
+        gone = {
+            row["passage_id"]: row
+            for row in passages
+            # Under another heading it still stands there.
+            if not self._now.holds(row) and row["text"] not in self._texts(self._before.source_of[row["doc_id"]])
+        }
         wrong = {
             row["question_id"]
             for row in self._answers.read_unit(unit["name"], ["question_id", "passage_id", "text"]).to_pylist()

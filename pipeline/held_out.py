@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config, Evaluate
 from pipeline.previous import PreviousRun
-from pipeline.prompts import normalise, split_words, titled
+from pipeline.prompts import normalise, split_words, teacher_chat, titled
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.store import Stage, open_uri
 
@@ -74,6 +74,28 @@ def read_questions(field: str, uri: str | None, limit: int | None = None) -> lis
     if not questions:
         raise ValueError(f"{field} = {uri!r} has no questions; give some, or remove the setting")
     return list(questions.values())
+
+
+def refuse_long_contexts(config: Config) -> None:
+    """Raise ValueError if a question of the config's files, with its context, leaves no room for a reply."""
+    asked = {
+        "evaluate.questions": load_questions(config.evaluate),
+        "evaluate.unrelated": read_questions("evaluate.unrelated", config.evaluate.unrelated),
+    }
+    if not any(asked.values()):
+        return
+    from pipeline.engine import load_tokenizer, render_chat
+
+    tokenizer = load_tokenizer(config.model.path)
+    room = config.model.max_model_len - config.evaluate.max_tokens
+    for field, questions in asked.items():
+        for question in questions:
+            tokens = len(render_chat(tokenizer, teacher_chat(question.context, "", question.question)))
+            if tokens > room:
+                raise ValueError(
+                    f"{field}: {question.id!r} has {tokens} tokens with its context, and there is room for {room}; "
+                    "shorten it, lower evaluate.max_tokens or raise model.max_model_len (then all is written anew)"
+                )
 
 
 class HeldOut(NamedTuple):

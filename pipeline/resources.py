@@ -158,7 +158,10 @@ def loaded_bytes(path: str, dtype: str) -> int:
 
 
 def model_fits(config: Config, weight_bytes: int, gpu_bytes: int, memory_bytes: int | None = None) -> str | None:
-    """Say why the base model does not fit the GPUs of one engine or, without any, the memory; None if it does."""
+    """Say why the base model does not fit the GPUs of one engine or, without any, the memory; None if it does.
+
+    A training worker has to fit it into one GPU, even where ZeRO 3 shards it then.
+    """
     cluster = config.cluster
     gpus = cluster.engine_gpus
     weights = f"the base model's weights are {weight_bytes / 2**30:.1f} GiB"
@@ -168,6 +171,11 @@ def model_fits(config: Config, weight_bytes: int, gpu_bytes: int, memory_bytes: 
         return (
             f"{weights}, too much with cluster.kv_cache_gb = {cluster.kv_cache_gb} for {memory_bytes / 2**30:.1f} GiB "
             "of memory; take a smaller model, or lower it"
+        )
+    if cluster.worker_gpus and weight_bytes * GPU_OVERHEAD > gpu_bytes:
+        return (
+            f"{weights}, too much for the GPU of {gpu_bytes / 2**30:.0f} GiB of a training worker, which loads all of "
+            "them; take a smaller model, or larger GPUs"
         )
     room = gpu_bytes * cluster.gpu_memory_share
     if weight_bytes * GPU_OVERHEAD <= gpus * room:

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from pipeline.base_model import load_base_model
+from pipeline.base_model import load_base_model, refuse_unknown_layers
 
 
 def write_model(folder: Path, **config: Any) -> str:
@@ -46,3 +48,12 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 def test_what_training_would_get_wrong_is_refused(tmp_path: Path, config: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         load_base_model(write_model(tmp_path, **config))
+
+
+def test_layers_that_a_model_lacks_are_refused(tmp_path: Path) -> None:
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight", "lm_head.weight")
+    save_file({name: np.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    refuse_unknown_layers(str(tmp_path), ["q_proj", "mlp.down_proj", "lm_head"])
+    for name in ("gate_proj", "proj", "mlp"):
+        with pytest.raises(ValueError, match=f"has no layer '{name}'; take some of down_proj, q_proj, or"):
+            refuse_unknown_layers(str(tmp_path), ["q_proj", name])

@@ -65,6 +65,8 @@ def test_a_complete_file(path: Path) -> None:
         ("read.paths=[]", "read.paths = []: List should have at least 1 item"),
         ("question.kinds=['joke']", "question.kinds.0 = 'joke': Input should be 'fact',"),
         ("publish.name=Hand Book", "publish.name = 'Hand Book': String should match pattern"),
+        ("publish.name=auto", "config: publish.name = 'auto' is what clients call any adapter; choose another"),
+        ("serve.model_name=handbook", "config: publish.name = 'handbook' is what clients call the base model; choose"),
         ("train.zero_stage=4", "train.zero_stage = 4: Input should be 1, 2 or 3"),
         (
             "train.batch_tokens=128",

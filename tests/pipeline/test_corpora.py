@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config, load_configs
+from pipeline.config import Config, load_config, load_configs
 from tests.conftest import ROOT
 
 
@@ -32,6 +32,7 @@ def test_the_name_of_each_folder_stands_in_its_settings(tmp_path: Path) -> None:
     configs = load_configs(path, ["chunk.max_tokens=99"])
     assert list(configs) == ["bakery", "mill"]
     mill = configs["mill"]
+    assert isinstance(mill, Config)
     assert mill.run_dir.endswith("/runs/mill") and mill.publish.name == "mill" and mill.chunk.max_tokens == 99
     assert mill.read.paths == [f"{tmp_path}/corpora/mill/docs", "common"]
     assert load_config(path) == load_configs(path)["bakery"]
@@ -46,6 +47,17 @@ def test_corpora_do_not_share_a_run_or_an_adapter(tmp_path: Path, shared: dict[s
 def test_corpora_share_the_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"may not stand in \[model\]"):
         load_configs(write_config(tmp_path), ["model.path=models/{corpus}"])
+
+
+def test_a_folder_whose_name_cannot_be_used_stops_no_other(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    for name in ("Acme Corp", "auto"):
+        (tmp_path / "corpora" / name).mkdir()
+    configs = load_configs(path)
+    assert "publish.name = 'Acme Corp'" in str(configs["Acme Corp"]) and "any adapter" in str(configs["auto"])
+    assert load_config(path) == configs["bakery"] and isinstance(configs["mill"], Config)
+    with pytest.raises(ValueError, match="many"):
+        load_configs(path, ["chunk.max_tokens=many"])
 
 
 def test_hidden_folders_are_no_corpora(tmp_path: Path) -> None:

@@ -8,9 +8,18 @@ import pytest
 
 from pipeline.config import Config, Evaluate, Update
 from pipeline.filter import AnswerFilter
-from pipeline.held_out import HeldOut, NearQuestions, count_trained_on, held_out_questions, hold_out, load_questions
+from pipeline.held_out import (
+    HeldOut,
+    NearQuestions,
+    count_trained_on,
+    held_out_questions,
+    hold_out,
+    load_questions,
+    refuse_long_contexts,
+)
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
 from pipeline.store import Stage
+from tests.conftest import ROOT, make_config
 from tests.pipeline.test_filter import answers
 
 UNIT = "unit-00000"
@@ -123,6 +132,17 @@ def test_blank_lines_are_no_questions(tmp_path: Path) -> None:
     path.write_text(f"\n{rows[0]}\n\n{rows[1]}\n\n")
     assert [row.question for row in load_questions(Evaluate(questions=str(path)))] == ["Q0?", "Q1?"]
     assert [row.question for row in load_questions(Evaluate(questions=str(path), max_questions=1))] == ["Q0?"]
+
+
+def test_a_context_that_leaves_no_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question": "Q?", "answers": ["a"], "context": "word " * 600}))
+    model = {"path": str(ROOT / ".models" / "smollm2-135m-instruct"), "max_model_len": 512}
+    config = make_config(str(tmp_path), model=model)
+    for field in ("questions", "unrelated"):
+        refuse_long_contexts(config)
+        with pytest.raises(ValueError, match=rf"evaluate\.{field}: '1' has 6.. tokens .* room for"):
+            refuse_long_contexts(config.model_copy(update={"evaluate": Evaluate(**{field: str(path)})}))
 
 
 def test_a_missing_question_file_is_named(tmp_path: Path) -> None:

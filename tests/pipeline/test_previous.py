@@ -1,12 +1,16 @@
 """What an earlier run wrote is found again by the passages' text, under ids that stay unique."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
+import pytest
 
+from pipeline.general import ForgottenWriter
 from pipeline.held_out import hold_out
 from pipeline.previous import PreviousRun
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, Rejected, to_table
+from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, Rejected, to_table
 from pipeline.store import Stage
 from pipeline.training_data import training_tables
 from tests.conftest import make_config
@@ -138,3 +142,25 @@ def test_what_another_passage_is_asked_is_not_forgotten(tmp_path: Path) -> None:
     )
     rows = pa.concat_tables(training_tables(config).removed)
     assert rows["question_id"].to_pylist() == ["q11", "q20"]
+
+
+def test_what_stands_under_another_heading_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The title of the file changed, and mill 2 is gone."""
+    before, after = str(tmp_path / "before"), str(tmp_path / "after")
+    write_run(before)
+    passages = [Passage(f"n{i}", "d", "Mills of 1931", 0, 9, f"Mill number {i}.") for i in range(2)]
+    write_stages(after, chunk=to_table(passages, PASSAGE))
+    for run_dir in (before, after):
+        write_stages(run_dir, dedup=to_table([Document("d", "mills.txt", "", "")], DOCUMENT))
+    asked = []
+
+    def answer_alone(engine: Any, rows: list[tuple[str, str, str]], *_: Any) -> pa.Table:
+        asked.extend(question_id for _, question_id, _ in rows)
+        return ANSWER.empty_table()
+
+    monkeypatch.setattr("pipeline.general.answer_alone", answer_alone)
+    engine: Any = SimpleNamespace(stats=SimpleNamespace(since=lambda _: {}))
+    config = make_config(after)
+    Stage(after, "forgotten", ANSWER).open({})
+    ForgottenWriter(after, before, config.answer, engine).do_unit({"name": UNIT})
+    assert asked == ["q20", "q21"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.raylets import ENGINE, local_cluster, until
+from cluster.__main__ import main
 from cluster.submit import connect, refuse_relative_paths, submit
 from pipeline.config import Config, read_settings
 from pipeline.resources import (
@@ -36,7 +37,7 @@ def config(**cluster: Any) -> Config:
     return Config.model_validate(
         {
             "run_dir": "/runs/a",
-            "model": {"path": "/models/a"},
+            "model": {"path": "/models/base"},
             "read": {"paths": ["/docs"]},
             "publish": {"registry": "/registry", "name": "a"},
             "cluster": cluster,
@@ -178,6 +179,9 @@ def test_a_model_that_does_not_fit() -> None:
     text = model_fits(config(engine_gpus=2), 140 * GIB, 80 * GIB)
     assert text and "140.0 GiB" in text and "set cluster.engine_gpus to 3 or more" in text
     assert model_fits(config(engine_gpus=3), 140 * GIB, 80 * GIB) is None
+    text = model_fits(config(engine_gpus=3, worker_gpus=1), 140 * GIB, 80 * GIB)
+    assert text and "a training worker, which loads all of them" in text
+    assert model_fits(config(engine_gpus=1, worker_gpus=1), 14 * GIB, 24 * GIB) is None
     assert model_fits(config(), 140 * GIB, 0) is None, "the CPU build needs no GPU"
     assert model_fits(config(), 14 * GIB, 0, memory_bytes=16 * GIB) is None
     text = model_fits(config(kv_cache_gb=4), 14 * GIB, 0, memory_bytes=16 * GIB)
@@ -233,6 +237,17 @@ def test_overrides_count_among_the_paths_of_a_job(tmp_path: Path) -> None:
     for override in ("run_dir=here", 'read.paths=["s3://bucket/faq", "docs"]', "update.previous_run=runs/a"):
         with pytest.raises(ValueError, match="is relative"):
             refuse_relative_paths(read_settings(config, [override]))
+
+
+def test_a_job_for_corpora_that_only_the_nodes_have_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "corpus.toml"
+    config.write_text(GOOD.replace("s3://bucket/run", "s3://bucket/{corpus}") + 'name = "{corpus}"\n')
+    submitted = []
+    monkeypatch.setattr("cluster.submit.submit", lambda *arguments: submitted.append(arguments) or 0)
+    assert main(["submit", str(config), "corpora=/only/there"]) == 0
+    assert len(submitted) == 1
 
 
 def test_memory_stays_with_a_process_that_computes_on_a_cpu() -> None:
