@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ray import serve
 
     from pipeline.stage import ray_session, start_ray
-    from serve.app import build_app, model_name
+    from serve.app import build_app
     from serve.registry import Registry
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         serve.start(http_options={"host": settings.host, "port": settings.port}, proxy_location="EveryNode")
         serve.run(build_app(config), name="distillery")
         names = [version.name for version in Registry(config.publish.registry).live(base.revision)]
-        print(f"serving {model_name(config)} and {len(names)} adapters on http://{settings.host}:{settings.port}")
-        print(f'ask one: python -m serve.ask {names[0] if names else model_name(config)} "QUESTION"', flush=True)
+        print(f"serving {config.base_name} and {len(names)} adapters on http://{settings.host}:{settings.port}")
+        print(f'ask one: python -m serve.ask {names[0] if names else config.base_name} "QUESTION"', flush=True)
         try:
             signal.pause()
         except KeyboardInterrupt:

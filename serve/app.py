@@ -5,7 +5,6 @@
 """
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -52,7 +51,7 @@ def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
     on_gpu = cluster.engine_gpus > 0
     return LLMConfig.model_validate(
         {
-            "model_loading_config": {"model_id": model_name(config), "model_source": base.path},
+            "model_loading_config": {"model_id": config.base_name, "model_source": base.path},
             "accelerator_config": {"kind": "gpu" if on_gpu else "cpu"},
             "lora_config": {"max_num_adapters_per_replica": settings.adapters_on_disk},
             "engine_kwargs": engine_arguments(config.model, cluster)
@@ -86,14 +85,9 @@ def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
     )
 
 
-def model_name(config: Config) -> str:
-    """What clients call the base model."""
-    return config.serve.model_name or Path(config.model.path).name
-
-
 def _card(config: Config, base: BaseModel) -> dict[str, Any]:
     return {
-        "id": model_name(config),
+        "id": config.base_name,
         "object": "model",
         "created": int(datetime.now(UTC).timestamp()),
         "owned_by": "base",

@@ -5,13 +5,15 @@ again helps.
 """
 
 import logging
-from typing import Any
+from typing import Any, Self
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from ray.exceptions import RayActorError, RayTaskError
 from ray.llm._internal.common.errors import VLLM_FATAL_ERRORS
+from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, CompletionRequest
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +23,28 @@ from serve.registry import Refused
 
 RETRY_AFTER_S = 2
 log = logging.getLogger("ray.serve")
+
+
+class _Checked(BaseModel):
+    """vLLM's own checks of a request raise what FastAPI takes for a failure of ours, TypeError for messages = null."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError:
+            raise
+        except Exception as error:
+            raise ValueError(str(error)) from None
+
+
+class ChatRequest(_Checked, ChatCompletionRequest):
+    """The body of a chat."""
+
+
+class TextRequest(_Checked, CompletionRequest):
+    """The body of a completion."""
 
 
 def make_http_app(settings: Serve) -> FastAPI:

@@ -36,15 +36,14 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
-from pipeline.config import Config, Serve
+from pipeline.config import AUTO, Config, Serve
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.prompts import retrieval_question, student_chat
 from serve.access import ANYONE, EVERY, Caller, identify, read_keys
-from serve.http import error_body, make_http_app
+from serve.http import ChatRequest, TextRequest, error_body, make_http_app
 from serve.registry import Refused, Registry, Version
 from serve.retrieval import Corpora
 
-AUTO = "auto"
 SEARCHES = 4  # at a time
 MANIFEST_SECONDS = 60  # a version that was evaluated anew shows its new scores after so long
 ATTEMPTS = 3  # a replica that dies before its first token costs the client nothing
@@ -67,12 +66,14 @@ class Ingress(OpenAiIngress):
         self._reply_tokens = config.answer.max_tokens
         self._corpora = Corpora(self._registry, settings.max_adapter_mb << 20)
         self._searching = ThreadPoolExecutor(SEARCHES, "search")
+        self._routing = ThreadPoolExecutor(1, "route")  # an index over all corpora takes its time
+        self._keys: list[dict[str, Any]] | None = None
         self._remembered: TTLCache[Any, Any] = TTLCache(10_000, settings.alias_seconds)
         self._last: LRUCache[Any, Any] = LRUCache(10_000)
         self._manifest = cached(TTLCache(10_000, MANIFEST_SECONDS), lock=Lock())(self._registry.manifest)
         self._active: Counter[str] = Counter()
 
-    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
         caller = await self._caller(request)
         extra: dict[str, Any] = {}
         question = _last_question(body)
@@ -84,7 +85,7 @@ class Ingress(OpenAiIngress):
         body.model = version.model_id if version else self._base
         return await self._respond(body, "chat", caller, extra)
 
-    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+    async def completions(self, body: TextRequest, request: Request) -> Response:
         caller = await self._caller(request)
         extra: dict[str, Any] = {}
         if (body.model_extra or {}).get("retrieval"):
@@ -140,7 +141,9 @@ class Ingress(OpenAiIngress):
 
     async def _caller(self, request: Request) -> Caller:
         keys = await self._remember("keys", read_keys, self._registry.folder)
-        return identify(keys, request.headers.get("authorization"))
+        if keys is not None:  # a file that is gone since, with its registry, lets nobody in who had no key
+            self._keys = keys
+        return identify(self._keys, request.headers.get("authorization"))
 
     async def _version(
         self, model: str | None, caller: Caller, question: str | None, extra: dict[str, Any]
@@ -159,13 +162,14 @@ class Ingress(OpenAiIngress):
             raise Refused(400, "unsupported", "'auto' needs a question in plain text.")
         live = await self._live()
         allowed = frozenset(version.name for version in live if caller.may_use(version.name))
-        found = await self._in_corpora(self._corpora.route, question, frozenset(live), allowed)
+        found = await self._in(self._routing, self._corpora.route, question, frozenset(live), allowed)
         chosen = found[0] if found and found[1] >= self._settings.auto_min_score else None
-        extra["route"] = {
-            "model": chosen.model_id if chosen else self._base,
-            "score": round(found[1], 3) if found else 0.0,
-            "min_score": self._settings.auto_min_score,
-        }
+        extra["route"] = {"model": chosen.model_id if chosen else self._base}
+        if caller.may_use(EVERY):  # a word's weight in it tells how many passages of all corpora have the word
+            extra["route"] |= {
+                "score": round(found[1], 3) if found else 0.0,
+                "min_score": self._settings.auto_min_score,
+            }
         return chosen
 
     async def _add_passages(
@@ -181,16 +185,16 @@ class Ingress(OpenAiIngress):
             raise Refused(400, "invalid_value", f"retrieval = {k!r} must be true or a number of passages from 1 to 20.")
         if version is None or not question:
             raise Refused(400, "unsupported", "'retrieval' needs an adapter and a question in plain text.")
-        hits = await self._in_corpora(self._corpora.search, version, question, k)
+        hits = await self._in(self._searching, self._corpora.search, version, question, k)
         messages: Any = body.messages
         passages = [hit.passage for hit in hits]
         fits = partial(self._fits, messages[:-1], body.max_completion_tokens or body.max_tokens or self._reply_tokens)
-        messages[-1]["content"], count = await self._in_corpora(retrieval_question, passages, question, fits)
+        messages[-1]["content"], count = await self._in(self._searching, retrieval_question, passages, question, fits)
         extra["sources"] = [
             {**{key: hit.passage[key] for key in ("source", "heading", "text")}, "score": round(hit.score, 3)}
             for hit in hits[:count]
         ]
-        return await self._reader(version)
+        return await self._reader(version) if count else version
 
     async def _reader(self, version: Version) -> Version | None:
         """Return who reads the passages of a version's corpus: the version, or None for the base model."""
@@ -211,10 +215,10 @@ class Ingress(OpenAiIngress):
             return True
         return len(prompt) + reply_tokens <= self._max_model_len
 
-    async def _in_corpora(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def _in(self, threads: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it in threads of its own: while an index is built, others' aliases and keys are still looked up."""
         async with asyncio.timeout(self._settings.request_timeout_s):
-            return await asyncio.get_running_loop().run_in_executor(self._searching, function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
 
     async def _live(self) -> list[Version]:
         """Return what can be served: a registry may hold adapters of other base models as well."""
@@ -371,7 +375,7 @@ def _count_answers(body: Any) -> int:
     """Return how many answers a request makes the engine work on: `n` for each of its prompts."""
     prompt = getattr(body, "prompt", None)
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    return prompts * (body.n or 1)
+    return prompts * max(1, body.n or 1)  # the engine refuses a negative one
 
 
 def _text_of(message: dict[str, Any]) -> str:

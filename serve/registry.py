@@ -75,9 +75,10 @@ class Registry:
                 return None
         return self._bases[version]
 
-    def pinned(self) -> list[Version]:
-        """Return the live versions of pinned names, sorted by name."""
-        return [Version(name, alias["version"]) for name, alias in self._live_aliases() if alias["pinned"]]
+    def pinned(self, base_revision: str) -> list[Version]:
+        """Return the live versions of pinned names that were trained on a base model, sorted by name."""
+        pinned = [Version(name, alias["version"]) for name, alias in self._live_aliases() if alias["pinned"]]
+        return [version for version in pinned if self._base_revision(version) == base_revision]
 
     def _live_aliases(self) -> list[tuple[str, dict[str, Any]]]:
         found = [name for name in self.folder.folders() if _NAME.fullmatch(name)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cachetools import LRUCache
+from cachetools import LRUCache, cached
 
 from pipeline.retrieve import PASSAGES, Hit, PassageIndex
 from serve.registry import Refused, Registry, Version
@@ -26,22 +26,22 @@ class Corpora:
     def __init__(self, registry: Registry, max_bytes: int) -> None:
         self._registry = registry
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._routing = threading.Lock()  # an index over all corpora takes its time; one corpus is searched meanwhile
+        self._routing = threading.Lock()
         self._passages: dict[Version, pa.Table | None] = {}
-        self._indexes: LRUCache[Version, PassageIndex] = LRUCache(INDEXES_IN_MEMORY)
+        # Who needs an index that is being fetched waits for it; who needs another does not.
+        self._index = cached(LRUCache(INDEXES_IN_MEMORY), condition=threading.Condition())(self._load)
         self._routed: frozenset[Version] = frozenset()
         self._routes: PassageIndex | None = None
 
     def search(self, version: Version, question: str, k: int) -> list[Hit]:
         """Return the k best passages of a version's corpus; Refused with 409 if it was published without them."""
-        with self._lock:
-            if version not in self._indexes:
-                folder = self._fetch(version)
-                self._indexes[version] = PassageIndex.load(folder)
-                shutil.rmtree(folder)  # mapped files live on until the index is dropped
-            index = self._indexes[version]
-        return index.search(question, k)
+        return self._index(version).search(question, k)
+
+    def _load(self, version: Version) -> PassageIndex:
+        folder = self._fetch(version)
+        index = PassageIndex.load(folder)
+        shutil.rmtree(folder)  # mapped files live on until the index is dropped
+        return index
 
     def route(
         self, question: str, versions: frozenset[Version], allowed: frozenset[str]

@@ -218,7 +218,7 @@ class AdapterServer(LLMServer):
         """Hold the live versions of pinned names in the engine's slots, all but one slot at most."""
         while True:
             try:
-                pinned = await asyncio.to_thread(self._registry.pinned)
+                pinned = await asyncio.to_thread(self._registry.pinned, self._base.revision)
             except OSError as error:
                 log.warning("pinned adapters cannot be looked up: %s", error)
             else:

@@ -177,12 +177,20 @@ def test_errors_have_openai_shape_and_hold_no_internals(client: openai.OpenAI, u
         client.completions.create(model="ada", prompt="x", echo=True, logprobs=0)
     with pytest.raises(openai.BadRequestError, match="asks for 10 answers; 8 are given"):
         client.completions.create(model="ada", prompt=["x"] * 5, n=2)
+    unusable = (
+        b'"top_logprobs": 3',
+        b'"stream_options": {"include_usage": true}',
+        b'"structured_outputs": "x"',
+        b'"n": -3',
+    )
     for body, status in (
         (b"x" * 70_000, 413),
         (b'{"model": "ada", "messages": [{"role": "user", "content": "\xff\xfe"}]}', 400),
         (b"{", 400),
         (b'{"model": "ada"}', 400),
         (b'{"model": "ada", "messages": []}', 400),
+        (b'{"model": "ada", "messages": null}', 400),
+        *((b'{"model": "ada", "messages": [{"role": "user", "content": "x"}], %s}' % more, 400) for more in unusable),
     ):
         reply = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
         assert reply.status_code == status, reply.text
@@ -296,6 +304,10 @@ def test_passages_are_read_by_the_one_that_reads_them_better(
     assert [bool(chunk.choices) for chunk in chunks] == [True] * len(chunks), "clients look into the first choice"
     ours = [(chunk.model_extra or {}).get("distillery") for chunk in chunks]
     assert ours == [{"sources": sources}, *[None] * (len(chunks) - 1)]
+    asked["messages"][0]["content"] = "Zebras?"
+    reply = client.chat.completions.create(**asked, extra_body={"retrieval": 1})
+    assert (reply.model_extra or {})["distillery"]["sources"] == []
+    assert reply.model == mills, "no passage was found that the base model could read"
 
 
 def test_as_many_passages_as_fit_stand_before_the_question(
@@ -452,3 +464,5 @@ def test_keys_open_their_own_adapters_only(url: str, published: Published) -> No
     with pytest.raises(openai.AuthenticationError):
         ask(openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0), "ada")
     Path(published.registry.folder.uri, "keys.json").unlink()
+    time.sleep(2)  # longer than serve.alias_seconds
+    assert httpx.get(f"{url}/v1/models").status_code == 401, "a registry that is gone lets nobody in"

@@ -73,6 +73,10 @@ def test_adapters_of_another_base_model_are_not_offered(registry: Registry) -> N
     (folder_of(registry, registry.resolve("cleo")) / "manifest.json").write_text("{")
     assert [version.name for version in registry.live(BASE.revision)] == [n for n in NAMES if n not in ("bob", "cleo")]
     assert [version.name for version in registry.live("0" * 32)] == ["bob"]
+    for name in ("ada", "bob"):
+        alias = Path(registry.folder.uri, name, "live.json")
+        alias.write_text(json.dumps(json.loads(alias.read_text()) | {"pinned": True}))
+    assert [version.name for version in registry.pinned(BASE.revision)] == ["ada"]
     assert [version.name for version in registry.live()] == NAMES
 
 
