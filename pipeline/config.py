@@ -30,9 +30,7 @@ LabelKey = Annotated[str, Field(pattern=rf"^({_LABEL}/)?{_LABEL}$")]
 LabelSelector = Annotated[str, Field(pattern=rf"^!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))$")]
 CORPUS = "{corpus}"
 AUTO = "auto"  # what clients call the adapter whose corpus fits the question best
-QuestionKind = Literal[
-    "fact", "definition", "detail", "comparison", "summary", "use", "implication", "negative", "rewrite"
-]
+QuestionKind = Literal["fact", "definition", "detail", "comparison", "summary", "use"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
 ENGINE_KEYS_SET_HERE = frozenset(
@@ -131,7 +129,7 @@ class QuestionSection(Sampling):
     """Quota of distinct, standalone questions for each passage, shared out over the kinds."""
     per_sentence: int | None = Field(default=None, ge=1)
     """Quota for each sentence of a passage, instead: where much is said, much is asked."""
-    kinds: list[QuestionKind] = Field(default=list(QUESTION_KINDS[:6]), min_length=1)
+    kinds: list[QuestionKind] = Field(default=list(QUESTION_KINDS), min_length=1)
     """Kinds of question to ask for."""
     per_call: int = Field(default=3, ge=1, le=20)
     """Questions asked for in one reply."""

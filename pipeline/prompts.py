@@ -94,33 +94,6 @@ _KINDS: dict[QuestionKind, _Kind] = {
             "Who depends on the lamps of the Halden Bridge?",
         ),
     ),
-    "implication": _Kind(
-        "questions about what follows from it without being said",
-        _EXAMPLE_SENTENCES[3],
-        (
-            "Can someone on foot cross the Halden Bridge?",
-            "Which of the Halden Bridge and the Tarn Bridge could a lorry use?",
-            "Was there a bridge for trains before the Halden Bridge was opened?",
-        ),
-    ),
-    "negative": _Kind(
-        "questions that take something for true that is wrong",
-        _EXAMPLE_SENTENCES[3],
-        (
-            "Which trains does the Halden Bridge carry?",
-            "Is the Tarn Bridge newer than the Halden Bridge?",
-            "Why is there no footpath on the Halden Bridge?",
-        ),
-    ),
-    "rewrite": _Kind(
-        "questions that ask for an explanation in simple words",
-        None,
-        (
-            "In simple words, how does the Halden Bridge cross the River Orla?",
-            "How can the three years of work on the Halden Bridge be explained to a child?",
-            "What would a guide say about the lamps and the footpath of the Halden Bridge?",
-        ),
-    ),
 }
 
 _LEAK = re.compile(
