@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             results = wrong | _command(options, configs)
     except OSError as error:  # storage or a cluster that cannot be reached
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"error: {_message(error)}", file=sys.stderr)

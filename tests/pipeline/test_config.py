@@ -91,6 +91,17 @@ def test_settings_may_stand_behind_options(
     assert "chunk.zzz = 1: unknown key" in capsys.readouterr().err
 
 
+def test_a_cluster_out_of_reach_is_an_error_of_one_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*_: object) -> None:
+        raise ConnectionError("nothing listens at head:6379")
+
+    monkeypatch.setattr(pipeline.__main__, "_command", command)
+    assert pipeline.__main__.main(["run", str(path)]) == 2
+    assert capsys.readouterr().err == "error: ConnectionError: nothing listens at head:6379\n"
+
+
 def test_what_must_be_chosen_has_no_default(tmp_path: Path) -> None:
     path = tmp_path / "empty.toml"
     path.write_text("[model]\n[publish]\n")
