@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
-from pipeline.previous import PreviousRun
+from pipeline.previous import PreviousRun, adapter_digest
 from pipeline.prompts import invents_number, normalise, spaced_words, speaks_of_text, titled, told_by_passage
 from pipeline.resources import worker_options
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
@@ -34,7 +34,7 @@ def filter_job(config: Config) -> Job:
     answers = Stage(config.run_dir, "answer", ANSWER)
     held_out, starts_from = hold_out(config), {}
     if config.update.previous_run and config.filter.min_initial_kl is not None:
-        starts_from["adapter"] = Stage(config.update.previous_run, "train", ANSWER).require()["data_digest"]
+        starts_from["adapter"] = adapter_digest(config.update.previous_run)
     return Job(
         Stage(config.run_dir, "filter", ANSWER),
         {

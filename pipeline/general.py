@@ -126,7 +126,7 @@ class ForgottenWriter:
         self._answers = Stage(previous_run, "answer", ANSWER)
         self._now = PreviousRun(run_dir)
         self._before, self._after = PassagesBySource(previous_run), PassagesBySource(run_dir)
-        self._texts = lru_cache(1)(lambda source: {row["text"] for row in self._after.find(source)})
+        self._texts_now = lru_cache(1)(self._after.texts)
         self._new_text = lru_cache(1)(self._read_new_text)
         self._settings = settings
         self._engine = engine
@@ -138,7 +138,7 @@ class ForgottenWriter:
             row["passage_id"]: row
             for row in passages
             # Under another heading it still stands there.
-            if not self._now.holds(row) and row["text"] not in self._texts(self._before.source_of[row["doc_id"]])
+            if not self._now.holds(row) and row["text"] not in self._texts_now(self._before.source_of[row["doc_id"]])
         }
         wrong = {
             row["question_id"]
@@ -157,8 +157,7 @@ class ForgottenWriter:
 
     def _read_new_text(self, source: str) -> str:
         """Return what is new in a file or row: its passages of now without those of before."""
-        before = {row["text"] for row in self._before.find(source)}
-        return "\n".join(row["text"] for row in self._after.find(source) if row["text"] not in before)
+        return "\n".join(sorted(self._texts_now(source) - self._before.texts(source)))
 
 
 def is_wrong_now(answer: str, said: str, new: str) -> bool:

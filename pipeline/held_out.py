@@ -8,12 +8,14 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import Config, Evaluate
+from pipeline.engine import load_tokenizer, render_chat
 from pipeline.previous import PreviousRun
 from pipeline.prompts import normalise, split_words, teacher_chat, titled
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
@@ -82,20 +84,22 @@ def refuse_long_contexts(config: Config) -> None:
         "evaluate.questions": load_questions(config.evaluate),
         "evaluate.unrelated": read_questions("evaluate.unrelated", config.evaluate.unrelated),
     }
-    if not any(asked.values()):
-        return
-    from pipeline.engine import load_tokenizer, render_chat
-
-    tokenizer = load_tokenizer(config.model.path)
     room = config.model.max_model_len - config.evaluate.max_tokens
     for field, questions in asked.items():
         for question in questions:
-            tokens = len(render_chat(tokenizer, teacher_chat(question.context, "", question.question)))
+            chat = teacher_chat(question.context, "", question.question)
+            tokens = len(render_chat(_load_tokenizer(config.model.path), chat))
             if tokens > room:
                 raise ValueError(
                     f"{field}: {question.id!r} has {tokens} tokens with its context, and there is room for {room}; "
                     "shorten it, lower evaluate.max_tokens or raise model.max_model_len (then all is written anew)"
                 )
+
+
+@lru_cache(1)
+def _load_tokenizer(path: str) -> Any:
+    """Load it once for all corpora of a job, and not before a question needs it."""
+    return load_tokenizer(path)
 
 
 class HeldOut(NamedTuple):

@@ -115,6 +115,10 @@ class PassagesBySource:
         tables = [self._read(shard).filter(pc.field("doc_id") == doc_id) for shard in self._shards.get(doc_id, [])]
         return pa.concat_tables(tables).sort_by("start").to_pylist() if tables else []
 
+    def texts(self, source: str) -> set[str]:
+        """Return the texts of these passages."""
+        return {row["text"] for row in self.find(source)}
+
 
 def _id_now(old: str, previous_passage_id: str, passage_id: str) -> str:
     """Name a row anew whose passage has another id: two passages of one text would give two rows of the same id."""
@@ -128,6 +132,11 @@ def _key(passage: dict[str, Any]) -> bytes:
 def adapter_of(run_dir: str) -> Folder:
     """Return where a run's trained adapter stands."""
     return Folder(run_dir) / "train" / "adapter"
+
+
+def adapter_digest(run_dir: str) -> str:
+    """Return the digest of a run's training, which must be complete."""
+    return Stage(run_dir, "train", ANSWER).require()["data_digest"]
 
 
 def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
 from pipeline.general import FORGOTTEN
-from pipeline.previous import previous_settings
+from pipeline.previous import adapter_digest, previous_settings
 from pipeline.reading import READING
 from pipeline.resources import worker_options
 from pipeline.schema import ANSWER
@@ -95,7 +95,7 @@ def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:
         return {}
     previous_settings(config, base)
     forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER).require()["data_digest"] if update.forget_removed else None
-    adapter = Stage(update.previous_run, "train", ANSWER).require()["data_digest"]
+    adapter = adapter_digest(update.previous_run)
     return {"update": {"adapter": adapter, "replay_share": update.replay_share, "forgotten": forgotten}}
 
 

@@ -60,11 +60,17 @@ class Registry:
     def live(self, base_revision: str | None = None) -> list[Version]:
         """Return the live version of every name that has one, or of those trained on a base model, sorted by name."""
         live = [Version(name, alias["version"]) for name, alias in self._live_aliases()]
-        if base_revision is None:
-            return live
+        return live if base_revision is None else self._trained_on(base_revision, live)
+
+    def pinned(self, base_revision: str) -> list[Version]:
+        """Return the live versions of pinned names that were trained on a base model, sorted by name."""
+        pinned = [Version(name, alias["version"]) for name, alias in self._live_aliases() if alias["pinned"]]
+        return self._trained_on(base_revision, pinned)
+
+    def _trained_on(self, base_revision: str, versions: list[Version]) -> list[Version]:
         with ThreadPoolExecutor(16) as pool:
-            bases = list(pool.map(self._base_revision, live))
-        return [version for version, base in zip(live, bases, strict=True) if base == base_revision]
+            bases = list(pool.map(self._base_revision, versions))
+        return [version for version, base in zip(versions, bases, strict=True) if base == base_revision]
 
     def _base_revision(self, version: Version) -> str | None:
         """Return that of the model that a version was trained on, which is kept; None if its manifest is broken."""
@@ -74,11 +80,6 @@ class Registry:
             except Refused:
                 return None
         return self._bases[version]
-
-    def pinned(self, base_revision: str) -> list[Version]:
-        """Return the live versions of pinned names that were trained on a base model, sorted by name."""
-        pinned = [Version(name, alias["version"]) for name, alias in self._live_aliases() if alias["pinned"]]
-        return [version for version in pinned if self._base_revision(version) == base_revision]
 
     def _live_aliases(self) -> list[tuple[str, dict[str, Any]]]:
         found = [name for name in self.folder.folders() if _NAME.fullmatch(name)]
