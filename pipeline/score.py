@@ -5,14 +5,14 @@ Pure functions. Intervals are 95 % percentile bootstrap over the questions; arms
 by an exact sign test, as the bootstrap is too sure where few questions differ.
 """
 
-import re
-import string
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import regex
 
 from pipeline.config import Evaluate
 from pipeline.prompts import split_words
@@ -41,14 +41,20 @@ COMPARED = (
 )
 RIGHT = 0.5  # points from which a reply counts as right; with token F1, half of the words
 CALIBRATION_BINS = 5
+_PUNCTUATION = regex.compile(r"[\p{P}\p{S}]")
+_THOUSANDS = regex.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_ARTICLE = regex.compile(r"\b(?:a|an|the)\b")
 
 Points = dict[str, dict[str, list[float]]]  # arm -> metric -> one number per question
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, punctuation and articles out, white space folded (SQuAD; Rajpurkar et al. 2016)."""
-    text = "".join(" " if char in string.punctuation + "\u2013\u2014" else char for char in text.lower())
-    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
+    """Lower case, punctuation and articles out, white space folded (SQuAD; Rajpurkar et al. 2016).
+
+    Of any script, so that a typographic quote is as good as a straight one; 2,400 is 2400.
+    """
+    text = _PUNCTUATION.sub(" ", _THOUSANDS.sub("", unicodedata.normalize("NFKC", text).lower()))
+    return " ".join(_ARTICLE.sub(" ", text).split())
 
 
 def substring_match(reply: str, answers: Sequence[str]) -> bool:
@@ -76,7 +82,10 @@ def token_f1(reply: str, answers: Sequence[str]) -> float:
 
 
 def make_report(points: Points, metric: str, settings: Evaluate) -> dict[str, Any]:
-    """Means with intervals, paired differences, and the share of the gap that the adapter closes, by one metric."""
+    """Means with intervals, paired differences, and the share of the gap that the adapter closes, by one metric.
+
+    `gap_closed` is None if the gold passage is not clearly of help: if the interval of what it adds holds 0.
+    """
     scores: dict[str, Any] = {}
     for arm in filter(points.__contains__, ARMS):
         scores[arm] = {}
@@ -85,8 +94,10 @@ def make_report(points: Points, metric: str, settings: Evaluate) -> dict[str, An
     of = {arm: np.asarray(points[arm][metric]) for arm in scores}
     comparisons = _compare(of, lambda values: float(values.mean()), lambda values: interval(values, settings, -1.0))
     ends = (of["closed_book"], of["gold_passage"], of["adapter"])
-    closed, spread = gap_closed(*ends), None
-    if closed is not None:
+    closed, spread = None, None
+    # A share of what may be no gap at all would be anything: -9 for nine questions that are lost where one is to gain.
+    if interval(of["gold_passage"] - of["closed_book"], settings, -1.0)[0] > 0:
+        closed = gap_closed(*ends)
         spread = _resample(lambda *arms, axis: _share(*(arm.mean(axis) for arm in arms)), ends, settings)
     return {
         "metric": metric,

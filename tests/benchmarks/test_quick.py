@@ -33,7 +33,7 @@ SMALL = [
     "general.max_tokens=24",
     "train.epochs=1",
     "train.lora.rank=4",
-    "evaluate.max_questions=12",
+    "evaluate.max_questions=24",
     "evaluate.max_tokens=24",
 ]
 

@@ -203,7 +203,7 @@ def test_every_optional_part_may_be_absent(tmp_path: Path, absent: list[str]) ->
 
 @pytest.mark.parametrize(
     ("share", "said"),
-    [(None, "no gap that the adapter could close"), (-0.25, "worse than the base model alone")],
+    [(None, "no gap to measure the adapter by"), (-0.25, "worse than the base model alone")],
 )
 def test_no_gap_and_a_worse_adapter_are_said(tmp_path: Path, share: float | None, said: str) -> None:
     assert said in text(page(make_run(tmp_path, evaluation() | {"gap_closed": share})))

@@ -28,6 +28,14 @@ ENDS = ("closed_book", "adapter", "gold_passage")
         ("It was built by Ida Voss.", ["Rosa Lindqvist"], False),
         ("", ["Rosa"], False),
         ("Anything at all", ["the", "..."], False),
+        ("It was Rosa O'Brien, of l'Église, who said 'The Mill'.", ["O’Brien"], True),
+        ("It was Rosa O'Brien, of l'Église, who said 'The Mill'.", ["L’Église"], True),
+        ("It was Rosa O'Brien, of l'Église, who said 'The Mill'.", ["“The Mill”"], True),
+        ("红楼梦的作者", ["《红楼梦》"], True),
+        ("It cost 2400 crowns.", ["2,400"], True),
+        ("It cost 2,400 crowns, in 1874.", ["2400"], True),
+        ("It cost ２４００ crowns.", ["2400"], True),
+        ("In 1874, 200 came.", ["1874200"], False),
     ],
 )
 def test_substring_match(reply: str, answers: list[str], match: bool) -> None:
@@ -62,9 +70,9 @@ def test_answers_that_are_all_right_or_all_wrong_have_the_exact_interval() -> No
     assert -low == high == pytest.approx(binomtest(0, 24).proportion_ci(method="exact").high)
 
 
-@pytest.mark.parametrize(("adapter", "closed"), [([1.0, 0.0, 1.0, 0.0], 0.5), ([1.0] * 4, 1.0), ([0.0] * 4, 0.0)])
+@pytest.mark.parametrize(("adapter", "closed"), [([1.0, 0.0] * 4, 0.5), ([1.0] * 8, 1.0), ([0.0] * 8, 0.0)])
 def test_gap_closed(adapter: list[float], closed: float) -> None:
-    points = {"closed_book": [0.0] * 4, "adapter": adapter, "gold_passage": [1.0] * 4}
+    points = {"closed_book": [0.0] * 8, "adapter": adapter, "gold_passage": [1.0] * 8}
     report = make_report({arm: {"token_f1": points[arm]} for arm in ENDS}, "token_f1", Evaluate())
     assert report["gap_closed"] == closed
     assert report["comparisons"][0]["difference"] == closed
@@ -75,13 +83,17 @@ def test_gap_closed(adapter: list[float], closed: float) -> None:
         assert low < closed < high
 
 
-def test_no_gap_gives_no_share() -> None:
-    report = make_report({arm: {"token_f1": [0.0, 1.0]} for arm in ENDS}, "token_f1", Evaluate())
+@pytest.mark.parametrize("gold", [[1.0, 0.0] * 20, [1.0, 0.0] * 19 + [1.0, 1.0], [0.0] * 40])
+def test_no_clear_gap_gives_no_share(gold: list[float]) -> None:
+    """Of one question that the passage adds, an adapter that loses nine would close -900 %."""
+    points = {"closed_book": [1.0, 0.0] * 20, "adapter": [0.0] * 18 + [1.0, 0.0] * 11, "gold_passage": gold}
+    report = make_report({arm: {"token_f1": points[arm]} for arm in ENDS}, "token_f1", Evaluate())
     assert report["gap_closed"] is None and report["gap_closed_interval"] is None
 
 
 def test_resamples_without_a_gap_are_left_out_quietly(recwarn: pytest.WarningsRecorder) -> None:
-    points = {"closed_book": [0.0, 1.0, 0.0], "adapter": [0.0, 1.0, 1.0], "gold_passage": [0.0, 1.0, 1.0]}
+    gold = [0.0, 1.0] * 2 + [1.0] * 4  # 8 of 2,000 resamples have none of the last four
+    points = {"closed_book": [0.0, 1.0] * 2 + [0.0] * 4, "adapter": gold, "gold_passage": gold}
     report = make_report({arm: {"token_f1": points[arm]} for arm in ENDS}, "token_f1", Evaluate())
     assert report["gap_closed"] == 1 and report["gap_closed_interval"] is None
     assert not recwarn.list
