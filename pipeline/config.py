@@ -347,7 +347,7 @@ class Gate(Section):
     min_gap_closed: float | None = 0.1
     """Least share of the gap between closed book and gold passage that it closes, where there clearly is one."""
     max_closed_book_loss: float | None = Field(default=0.05, ge=0)
-    """Most that its score may lie below that of the base model alone, where the gold passage does not clearly help: without a gap."""
+    """Most that its score may lie below that of the base model alone, where there is no clear gap."""
     max_kl_to_base: float | None = Field(default=0.3, ge=0)
     """Forgetting: most that it may differ from the base model on general prompts, in nats per token."""
     max_general_loss: float | None = Field(default=0.2, ge=0)

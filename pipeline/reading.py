@@ -78,7 +78,7 @@ class ReadingWriter:
         for row in _pick(questions, self._per_passage, rng):
             answer_id, question = digest(READING, row["question_id"], settings.seed), row["text"]
             found = [hit.passage for hit in index.search(question, self._num_passages)]
-            found = found or [passages[row["passage_id"]]]  # it finds no words of scripts without spaces
+            found = found or [passages[row["passage_id"]]]  # it shares no word with any
             texts = exchange([titled(passage["text"], passage["heading"]) for passage in found], question, names, rng)
             asked, count = retrieval_question([{"text": text, "heading": ""} for text in texts], question, self._fits)
             if count:

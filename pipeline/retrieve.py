@@ -1,13 +1,15 @@
 """Passages of a corpus -> a BM25 index; a question -> the passages that answer it best.
 
 In: passages as text. Out: a folder of numpy and JSON files beside `passages.parquet`, and hits in order of their score.
-bm25s does the scoring; English stop words and stems, which harm no other language that puts spaces between its words.
+bm25s does the scoring; English stop words and stems, which harm no other language. Where a script puts no spaces
+between its words, pairs of letters stand for them, as in Lucene's CJK analysis.
 For the evaluation also by embeddings, of any sentence-transformers model.
 """
 
 import math
 from collections.abc import Collection
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import regex
 import Stemmer
 
+from pipeline.prompts import UNSPACED
 from pipeline.schema import DOCUMENT, PASSAGE
 from pipeline.store import Stage
 
 PASSAGES = "passages.parquet"
+_UNSPACED_RUN = regex.compile(rf"[[{UNSPACED}]&&[\p{{L}}\p{{M}}\p{{N}}]]+", regex.V1)
+_LETTER = regex.compile(r"\P{M}")  # vowel signs are not part of a word to bm25s
 
 
 class Hit(NamedTuple):
@@ -127,6 +133,14 @@ def _texts(passages: pa.Table) -> list[str]:
 
 def _words(texts: list[str]) -> list[list[str]]:
     words: Any = bm25s.tokenize(
-        texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), return_ids=False, show_progress=False
+        [_UNSPACED_RUN.sub(_pair_letters, text) for text in texts],
+        stopwords="en",
+        stemmer=Stemmer.Stemmer("english"),
+        return_ids=False,
+        show_progress=False,
     )
     return words
+
+
+def _pair_letters(run: Any) -> str:
+    return f" {' '.join(map(''.join, pairwise(_LETTER.findall(run[0]))))} "

@@ -49,6 +49,23 @@ def test_an_index_finds_its_passages(tmp_path: Path) -> None:
     assert index.search("the of and", k=2) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("克斯特雷尔磨坊由罗莎·林奎斯特于1874年建造。", "谁建造了克斯特雷尔磨坊?"),
+        ("ケストレル水車はアーデン川にあります。", "アーデン川には何がありますか"),
+        ("โรงสีเคสเตรลสร้างขึ้นในปี 1874", "ใครสร้างโรงสีเคสเตรล"),
+    ],
+    ids=["Chinese", "Japanese", "Thai"],
+)
+def test_a_script_without_spaces_is_searched_by_pairs_of_letters(text: str, question: str) -> None:
+    index = PassageIndex.build(passages(["奥林透镜是一台望远镜。", "กล้องโทรทรรศน์", text, *CORPORA["mills"]]))
+    hit, *others = index.search(question, k=5)
+    assert hit.passage["text"] == text
+    assert all(other.score < hit.score / 2 for other in others)
+    assert index.search("山", k=5) == []
+
+
 def test_embeddings_find_passages(embedding_model: str) -> None:
     texts = [text for corpus in CORPORA.values() for text in corpus]
     asked = ["Was the Kestrel Mill on the River Arden built in 1874?", "Was its mirror polished in Tampere?"]
