@@ -125,6 +125,10 @@ _DENSE = re.compile(rf"[{UNSPACED}\ua000-\uf8ff]")  # these and syllabic scripts
 _BETWEEN_SPACES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _WORD = regex.compile(r"[\w\p{M}]+")  # with the vowel signs of Indic scripts, which are no letters to Python
 _QUESTION_END = regex.compile(r"(?:[?\uff1f\u061f\u037e]|\p{Greek}\s?;)$")
+# Inside a sentence.
+_NUMBER_INSIDE = regex.compile(r"(?<=[^.?!:]\s)[\"'(\u201e\u201c]?(\d[\d.,]*\d|\d)")
+_NAME_INSIDE = regex.compile(r"(?<=[^.?!:]\s)[\"'(\u201e\u201c]?(\p{Lu}\w+|\d[\d.,]*\d|\d)")
+_GERMAN = frozenset("der die das und ist nicht ein eine von mit den dem des auf wird".split())  # noqa: SIM905
 _MOST_TOLD = 6  # words that an answer gives to its question; a sentence recited has more
 _COMMON = frozenset(
     """
@@ -263,9 +267,11 @@ def parse_questions(reply: str) -> list[str]:
     try:
         parsed = json.loads(reply)
         items = iter(str(item) for item in parsed) if isinstance(parsed, list) else iter(())
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         items = (match.group(1) if (match := _ITEM.match(line)) else line for line in reply.splitlines())
-    cleaned = (item.strip().strip("*_\"'` ").strip() for item in items)
+    # JSON may escape half a character, which no file can hold.
+    whole = (item.encode("utf-8", "replace").decode("utf-8") for item in items)
+    cleaned = (item.strip().strip("*_\"'` ").strip() for item in whole)
     return [text for text in cleaned if _QUESTION_END.search(text) and len(text) <= 400]
 
 
@@ -354,9 +360,15 @@ def is_standalone(question: str, passage: str) -> bool:
 def is_about(question: str, passage: str) -> bool:
     """True if the question stays with the passage: no name or number that the passage lacks, and mostly its words."""
     source = passage.lower()
-    names = {word.lower() for word in re.findall(r"(?<=[^.?!:]\s)[\"'(]?([A-Z]\w+|\d[\d.,]*\d|\d)", question)}
+    names = (_NUMBER_INSIDE if _is_german(passage) else _NAME_INSIDE).findall(question)
     words = content_words(question)
-    return all(name in source for name in names) and 2 * len(_known_words(words, passage)) >= len(words)
+    return all(name.lower() in source for name in names) and 2 * len(_known_words(words, passage)) >= len(words)
+
+
+def _is_german(text: str) -> bool:
+    """True if a tenth of the words say so: in German a capital letter makes no name."""
+    words = _WORD.findall(text.lower())
+    return 10 * sum(word in _GERMAN for word in words) >= len(words)
 
 
 def _known_words(words: set[str], passage: str) -> set[str]:

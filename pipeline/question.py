@@ -108,7 +108,7 @@ class QuestionWriter:
         quotas = [
             _Quota(passage, self._settings, had.get(passage["passage_id"], []), told.get(passage["passage_id"], set()))
             for passage in passages
-            if self._ask_again or passage["passage_id"] not in had
+            if (self._ask_again or passage["passage_id"] not in had) and passage["text"].strip()
         ]
         before = self._engine.stats
         for round_ in range(self._settings.max_rounds):

@@ -95,9 +95,9 @@ def text_samples(passages: pa.Table, tokenizer: Any) -> pa.Table:
     rows = []
     for passage in passages.to_pylist():
         text = titled(passage["text"], passage["heading"])
-        first, *others = tokenizer(text)["input_ids"]
+        ids = tokenizer(text)["input_ids"]
         rows.append(
-            {"prompt_ids": [first], "answer_ids": others, "topk_ids": [], "topk_logprobs": [], "text": text}
+            {"prompt_ids": ids[:1], "answer_ids": ids[1:], "topk_ids": [], "topk_logprobs": [], "text": text}
             | dict.fromkeys(("answer_id", "question_id", "passage_id"), passage["passage_id"])
             | {"finish_reason": "length"}
         )

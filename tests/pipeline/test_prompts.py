@@ -89,6 +89,8 @@ def test_what_was_not_told_stands_with_its_neighbours() -> None:
         ("I cannot help with that.", []),
         ("", []),
         ("1. " + "x" * 500 + "?", []),
+        ('["Who built it \\ud83c?"]', ["Who built it ??"]),
+        ("[" * 5000, []),
     ],
 )
 def test_replies_are_parsed(reply: str, expected: list[str]) -> None:
@@ -119,10 +121,25 @@ def test_standalone(question: str, standalone: bool) -> None:
         ("What did Napoleon think of the Kestrel Mill?", False),
         ("Was the Kestrel Mill sold in 1955?", False),
         ("How do quantum computers factor numbers?", False),
+        ("What did \u00c9mile Zola build beside the Kestrel Mill?", False),
     ],
 )
 def test_about_the_passage(question: str, about: bool) -> None:
     assert is_about(question, PASSAGE) is about
+
+
+@pytest.mark.parametrize(
+    ("question", "about"),
+    [
+        ("In welchem Jahr wurde die Br\u00fccke \u00fcber die Elbe erbaut?", True),
+        ("Wie hei\u00dft der Ingenieur der Br\u00fccke \u00fcber die Elbe?", True),
+        ("Welche Br\u00fccke \u00fcber die Elbe wurde 1931 erbaut?", False),
+        ("Wie hoch sind die Berge am Rand der Ebene?", False),
+    ],
+)
+def test_a_german_noun_is_no_name(question: str, about: bool) -> None:
+    passage = "Die Br\u00fccke \u00fcber die Elbe wurde 1893 von Claus K\u00f6pcke erbaut und ist heute ein Denkmal."
+    assert is_about(question, passage) is about
 
 
 @pytest.mark.parametrize(
