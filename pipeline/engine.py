@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATE = date(2024, 7, 26)  # what a chat template that asks for it is told, so that a prompt is the same tomorrow
+# What every chat template is told, here and at the endpoint: a question is answered at once, without thinking aloud.
+TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": DATE.strftime("%d %b %Y")}
 
 
 class Completion(NamedTuple):
@@ -208,7 +210,12 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
 def render_chat(tokenizer: "PreTrainedTokenizerBase", chat: list[dict[str, str]]) -> list[int]:
     """Return the token ids of a chat, up to where the assistant's reply begins."""
     ids: Any = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, tokenize=True, return_dict=False, strftime_now=DATE.strftime
+        chat,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        strftime_now=DATE.strftime,
+        **TEMPLATE_ARGUMENTS,
     )
     return ids
 
@@ -217,7 +224,7 @@ def render_user_opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the token ids of a chat up to where a user's words would stand."""
     mark = "\u2063MARK\u2063"
     text: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, strftime_now=DATE.strftime
+        [{"role": "user", "content": mark}], tokenize=False, strftime_now=DATE.strftime, **TEMPLATE_ARGUMENTS
     )
     return tokenizer.encode(text.partition(mark)[0], add_special_tokens=False)
 

@@ -12,7 +12,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from pipeline.base_model import BaseModel, load_base_model
 from pipeline.config import Config, load_config
-from pipeline.engine import engine_arguments, vllm_rank
+from pipeline.engine import TEMPLATE_ARGUMENTS, engine_arguments, vllm_rank
 from pipeline.resources import KEEP_MEMORY
 from serve.ingress import make_ingress
 from serve.server import AdapterServer
@@ -60,6 +60,7 @@ def _llm_config(config: Config, base: BaseModel) -> LLMConfig:
                 "max_loras": settings.adapter_slots,
                 "max_cpu_loras": settings.adapters_in_memory,
                 "max_lora_rank": vllm_rank(settings.max_rank),
+                "default_chat_template_kwargs": TEMPLATE_ARGUMENTS,
             }
             # On a CPU, a seeded request whose prompt is read in parts ends the engine.
             | ({} if on_gpu else {"enable_chunked_prefill": False})

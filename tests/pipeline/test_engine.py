@@ -23,6 +23,16 @@ def test_a_chat_template_that_asks_for_the_date_gives_the_same_prompt_every_day(
     assert tokenizer.decode(render_user_opening(tokenizer)) == "Today is 26 Jul 2024. "
 
 
+def test_a_model_that_can_think_answers_at_once(tokenizer_dir: str) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{tokenizer_dir}/tokenizer.json")
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if enable_thinking is defined and not enable_thinking %} <think></think>"
+        "{% endif %} {{ date_string }}"
+    )
+    asked = render_chat(tokenizer, [{"role": "user", "content": "Who?"}])
+    assert tokenizer.decode(asked) == "Who? <think></think> 26 Jul 2024"
+
+
 def test_a_call_that_takes_long_reports_how_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM uses it: over the prompts first, then once for every request that is finished."""
     reports: list[tuple[int, int]] = []
