@@ -16,6 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--address", help="submit: the job server, http://HEAD:8265; check: the cluster, HEAD:6379")
+    parser.add_argument("--redo", action="store_true", help="submit: as of python -m pipeline run")
+    parser.add_argument("--force", metavar="REASON", help="submit: as of python -m pipeline run")
     parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job, not only its log")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -23,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
             from cluster.submit import submit
 
             load_configs(options.config, options.overrides, names=["corpus"])  # those of the corpora are on the nodes
-            return submit(options.config, options.overrides, options.address, options.stop_on_interrupt)
+            of_run = ["--redo"] * options.redo + (["--force", options.force] if options.force else [])
+            return submit(options.config, of_run, options.overrides, options.address, options.stop_on_interrupt)
         from cluster.check import check
 
         findings = check(load_config(options.config, options.overrides), options.address)

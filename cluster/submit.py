@@ -34,8 +34,12 @@ PATHS = (
 )
 
 
-def submit(config: str, overrides: list[str], address: str | None, stop_on_interrupt: bool = False) -> int:
+def submit(
+    config: str, arguments: list[str], overrides: list[str], address: str | None, stop_on_interrupt: bool = False
+) -> int:
     """Run the pipeline as a job and return its exit code; after Ctrl-C the job goes on unless told otherwise.
+
+    `arguments` are further ones of `python -m pipeline run`.
 
     Raises ValueError if there is no such cluster, if it cannot be reached any more, and for paths that stay behind.
     """
@@ -46,7 +50,7 @@ def submit(config: str, overrides: list[str], address: str | None, stop_on_inter
         )
     refuse_relative_paths(read_settings(path, overrides))
     client = connect(address)
-    command = ["python", "-m", "pipeline", "run", str(path.relative_to(CODE)), *overrides]
+    command = ["python", "-m", "pipeline", "run", str(path.relative_to(CODE)), *arguments, *overrides]
     job = client.submit_job(
         entrypoint=shlex.join(command), runtime_env={"working_dir": str(CODE), "excludes": NOT_CODE}
     )

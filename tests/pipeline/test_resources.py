@@ -1,5 +1,6 @@
 """What a run asks of a cluster, and what is said where the cluster has not got it."""
 
+import shlex
 import subprocess
 import sys
 import threading
@@ -7,8 +8,10 @@ import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
+from ray.job_submission import JobStatus
 
 from benchmarks.raylets import ENGINE, local_cluster, until
 from cluster.__main__ import main
@@ -203,7 +206,7 @@ registry = "s3://bucket/registry"
 def test_a_config_that_would_stay_behind_is_refused(tmp_path: Path, inside: str | None) -> None:
     config = (ROOT / inside if inside else tmp_path) / "corpus.toml"
     with pytest.raises(ValueError, match="does not travel to the cluster"):
-        submit(str(config), [], None)
+        submit(str(config), [], [], None)
 
 
 def test_a_cluster_that_wants_a_token_says_how_to_give_it() -> None:
@@ -248,6 +251,25 @@ def test_a_job_for_corpora_that_only_the_nodes_have_is_submitted(
     monkeypatch.setattr("cluster.submit.submit", lambda *arguments: submitted.append(arguments) or 0)
     assert main(["submit", str(config), "corpora=/only/there"]) == 0
     assert len(submitted) == 1
+
+
+@pytest.mark.parametrize(("interrupted", "code"), [(False, 0), (True, 130)])
+def test_a_job_gets_the_arguments_and_outlives_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool, code: int
+) -> None:
+    config = tmp_path / "corpus.toml"
+    config.write_text(GOOD + 'name = "b"\n')
+    client = Mock()
+    client.submit_job.return_value = "job-1"
+    client.get_job_info.return_value.status = JobStatus.SUCCEEDED
+    monkeypatch.setattr("cluster.submit.CODE", tmp_path)
+    monkeypatch.setattr("cluster.submit.connect", lambda _: client)
+    monkeypatch.setattr("cluster.submit._follow", AsyncMock(side_effect=KeyboardInterrupt if interrupted else None))
+    assert main(["submit", str(config), "--redo", "--force", "a test", "train.epochs=1"]) == code
+    assert shlex.split(client.submit_job.call_args.kwargs["entrypoint"]) == (
+        ["python", "-m", "pipeline", "run", "corpus.toml", "--redo", "--force", "a test", "train.epochs=1"]
+    )
+    client.stop_job.assert_not_called()
 
 
 def test_memory_stays_with_a_process_that_computes_on_a_cpu() -> None:
