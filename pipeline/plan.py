@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,17 @@ MANY_USES = 20  # of one general prompt: from there on its answer is learnt by h
 CHECKPOINT = 6  # bytes of a checkpoint for one of the adapter: three fp32 numbers for one in bf16
 
 
+class Measured(NamedTuple):
+    """What is scaled up: manifests by stage, of what was done in full and of the sample."""
+
+    full: dict[str, dict[str, Any]]
+    written: dict[str, dict[str, Any]]
+    kept: dict[str, Any]
+    trained: dict[str, Any]
+    num_sampled: int  # passages
+    adapter_bytes: int
+
+
 def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, Any]:
     """Return counts, tokens, bytes and seconds that the whole run will take; `cost` if a price is configured.
 
@@ -62,33 +73,10 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     written = only(write([sample], base, redo=True))
     kept = only(filter_answers([sample], redo=True))
     trained = only(train_adapters([sample], base, redo=True))
-    scale = chunked["rows_out"] / num_sampled
-    times = {
-        "question": scale,
-        "answer": scale,
-        READING: scale,
-        "filter": scale,
-        "general": (config.general.prompts + config.general.held_out) / SAMPLE_PROMPTS,
-        "train": scale * config.train.epochs,
-    }
     adapter = (Stage(sample.run_dir, "train", ANSWER).folder / "adapter").size("adapter_model.safetensors")
-    plan = {
-        "passages": chunked["rows_out"],
-        "sampled_passages": num_sampled,
-        "questions": round(written["question"]["rows_out"] * scale),
-        "answers": round(kept["rows_out"] * scale),
-        "written_tokens": round(sum(done["stats"]["output_tokens"] * times[name] for name, done in written.items())),
-        "trained_tokens": round(trained["training"]["tokens"] * times["train"]),
-        "bytes": round(
-            sum(done["bytes"] * times[name] for name, done in (written | {"filter": kept}).items())
-            + sum(done["bytes"] for done in (*read.values(), chunked))
-        ),
-        "training_bytes": adapter * (1 + 2 * CHECKPOINT),  # one is written before the last one is deleted
-    }
-    seconds = {name: done["seconds"] for name, done in (read | {"chunk": chunked}).items()}
-    seconds |= _seconds(config, written, trained, times)
-    plan |= {"seconds": {name: round(value) for name, value in seconds.items()}}
-    plan |= price(config, seconds)
+    shards = len(Stage(config.run_dir, "chunk", PASSAGE).shards())
+    measured = Measured(read | {"chunk": chunked}, written, kept, trained, num_sampled, adapter)
+    plan = scale_up(config, measured, min(config.cluster.num_engines, shards))
     print(f"plan: from {num_sampled} of {chunked['rows_out']} passages", file=sys.stderr)
     new = 1 - sum(sample.shares.values())
     uses = plan["answers"] / new * share * config.train.epochs / max(1, config.general.prompts)
@@ -98,21 +86,42 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     return plan
 
 
-def _seconds(
-    config: Config, written: dict[str, Any], trained: dict[str, Any], times: dict[str, float]
-) -> dict[str, float]:
-    """Return what the stages take that load the model."""
-    engines = min(config.cluster.num_engines, len(Stage(config.run_dir, "chunk", PASSAGE).shards()))
-    busy = {name: done["stats"]["engine_seconds"] for name, done in written.items()}
+def scale_up(config: Config, measured: Measured, num_engines: int) -> dict[str, Any]:
+    """Return the plan for the whole corpus, at which so many engines write."""
+    full, written, kept, trained, num_sampled, adapter_bytes = measured
+    scale = full["chunk"]["rows_out"] / num_sampled
+    num_prompts = config.general.prompts + config.general.held_out
+    times: dict[str, float] = dict.fromkeys(written, scale) | {"general": num_prompts / SAMPLE_PROMPTS}
+    trained_times = scale * config.train.epochs
+    seconds = {name: done["seconds"] for name, done in full.items()}
     # What a stage takes beside its engine's work is its start, which does not grow with the corpus.
-    seconds = {name: done["seconds"] + busy[name] * (times[name] / engines - 1) for name, done in written.items()} | {
-        "train": trained["seconds"] + trained["training"]["seconds"] * (times["train"] - 1)
-    }
+    busy = {name: done["stats"]["engine_seconds"] for name, done in written.items()}
+    seconds |= {name: done["seconds"] + busy[name] * (times[name] / num_engines - 1) for name, done in written.items()}
+    by_model = config.filter.min_initial_kl is not None
+    seconds["filter"] = kept["seconds"] * (scale / config.cluster.num_workers if by_model else 1)
+    training = trained["seconds"] + trained["training"]["seconds"] * (trained_times - 1)
+    seconds |= dict.fromkeys(("train", *(f"baseline-{name}" for name in config.evaluate.baselines)), training)
     # The evaluation starts an engine once more and, to measure, what training starts.
     starts = sum(done["seconds"] - busy[name] for name, done in written.items())
     starts += trained["seconds"] - trained["training"]["seconds"]
-    replies = reply_seconds(config, written, times["question"] * written["question"]["rows_out"])
-    return seconds | {"evaluate": starts + replies + len(config.evaluate.baselines) * seconds["train"]}
+    seconds["evaluate"] = starts + reply_seconds(config, written, scale * written["question"]["rows_out"])
+    return {
+        "passages": full["chunk"]["rows_out"],
+        "sampled_passages": num_sampled,
+        "questions": round(written["question"]["rows_out"] * scale),
+        "answers": round(kept["rows_out"] * scale),
+        "written_tokens": round(sum(done["stats"]["output_tokens"] * times[name] for name, done in written.items())),
+        "trained_tokens": round(trained["training"]["tokens"] * trained_times),
+        "bytes": round(
+            sum(done["bytes"] * times[name] for name, done in written.items())
+            + kept["bytes"] * scale
+            + sum(done["bytes"] for done in full.values())
+        ),
+        # One checkpoint is written before the last one is deleted, and the baselines train like the adapter.
+        "training_bytes": adapter_bytes * (1 + 2 * CHECKPOINT) * (1 + len(config.evaluate.baselines)),
+        "seconds": {name: round(value) for name, value in seconds.items()},
+        **price(config, seconds, num_engines),
+    }
 
 
 def reply_seconds(config: Config, written: dict[str, Any], num_questions: float) -> float:
@@ -132,11 +141,15 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
     return per_read * prompt * passages + per_written * reply * replies
 
 
-def price(config: Config, seconds: dict[str, float]) -> dict[str, float]:
+def price(config: Config, seconds: dict[str, float], num_engines: int) -> dict[str, float]:
     """Return the hours of the cluster and of the GPUs at work, and the cost of the former."""
     cluster, hours = config.cluster, sum(seconds.values()) / 3600
-    gpus = dict.fromkeys(("question", "answer", "general", READING), cluster.num_engines * cluster.engine_gpus)
-    gpus |= {"train": cluster.num_workers * cluster.worker_gpus, "evaluate": cluster.engine_gpus}
+    trained = ["train", *(f"baseline-{name}" for name in config.evaluate.baselines)]
+    if config.filter.min_initial_kl is not None:
+        trained.append("filter")
+    gpus: dict[str, float] = dict.fromkeys(trained, cluster.num_workers * cluster.worker_gpus)
+    gpus |= dict.fromkeys(("question", "answer", "general", READING), num_engines * cluster.engine_gpus)
+    gpus["evaluate"] = cluster.engine_gpus
     total = {"hours": round(hours, 3)}
     if gpu_seconds := sum(gpus.get(name, 0) * value for name, value in seconds.items()):
         total["gpu_hours"] = round(gpu_seconds / 3600, 3)
