@@ -70,6 +70,8 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     first = next(iter(configs.values()))
     base = load_base_model(first.model.path)
     heavy = {"write"} if command in PARTS else {command}
+    if command == "filter" and first.filter.min_initial_kl is not None:
+        heavy = {"train"}
     if command in ("run", "plan", "evaluate"):
         heavy = {"write", "train"}
     refuse_small_machine(first.cluster, [each for each in demands(first) if each.stage in heavy])
@@ -101,6 +103,11 @@ def _prepare(config: Config, command: str) -> None:
     judge = config.evaluate.judge
     if judge and judge.model and not judge.url and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("evaluate.judge.model needs OPENAI_API_KEY in the environment, or evaluate.judge.url; set one")
+    if judge and judge.model and command in ("run", "evaluate"):
+        from pipeline.arms import api_key, grade_remotely
+        from pipeline.prompts import judge_chat
+
+        grade_remotely(judge, [judge_chat("Who designed the bridge?", ["Ida Voss"], "Ida Voss did.")], api_key())
     refuse_long_contexts(config)
     if config.train.lora.target_modules != "all-linear":
         refuse_unknown_layers(config.model.path, config.train.lora.target_modules)

@@ -6,6 +6,7 @@ adapter's arm is also the proof that vLLM loads it.
 """
 
 import json
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -104,19 +105,10 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     def fits(asked: str) -> bool:
         return engine.fits(student_chat(asked), settings.max_tokens)
 
-    def with_passages(passages: list[list[dict[str, Any]]]) -> list[Any]:
-        pairs = zip(questions, passages, strict=True)
+    def with_passages(asked: list[TestQuestion], passages: list[list[dict[str, Any]]]) -> list[Any]:
+        pairs = zip(asked, passages, strict=True)
         return [student_chat(retrieval_question(found, q.question, fits)[0]) for q, found in pairs]
 
-    reading = []
-    for question in task.unrelated:
-        text, count = retrieval_question([{"heading": "", "text": question.context}], question.question, fits)
-        if not count:
-            raise ValueError(
-                f"evaluate.unrelated: the context of {question.id!r} is too long; shorten it, or lower "
-                "evaluate.max_tokens"
-            )
-        reading.append(student_chat(text))
     contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
     asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
     gold, rejected = answer_questions(engine, contexts, asked, settings)
@@ -131,16 +123,17 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
     general = [student_chat(row["question"]) for row in general_questions()]
     short = min(GENERAL_TOKENS, settings.max_tokens)
     others = [student_chat(question.question) for question in task.unrelated]
+    reading = with_passages(task.unrelated, [[{"heading": "", "text": q.context}] for q in task.unrelated])
     with tempfile.TemporaryDirectory(prefix="adapters-") as folder:
         local = {arm: source.copy_to(f"{folder}/{arm}") for arm, source in task.adapters.items()}
         both = (("closed_book", None), ("adapter", local["adapter"]))
         arms = {"closed_book": ask(plain, None)} | {arm: ask(plain, path) for arm, path in local.items()}
         if config.evaluate.retrieval:
             k = config.serve.retrieval_passages
-            found = with_passages([[hit.passage for hit in index.search(q.question, k)] for q in questions])
+            found = with_passages(questions, [[hit.passage for hit in index.search(q.question, k)] for q in questions])
             arms |= {"retrieval": ask(found, None), "adapter_retrieval": ask(found, local["adapter"])}
         if task.nearest:
-            arms["embedding_retrieval"] = ask(with_passages(task.nearest), None)
+            arms["embedding_retrieval"] = ask(with_passages(questions, task.nearest), None)
         arms["gold_passage"] = [
             Reply(text, _confidence(np.asarray(values, np.float32)[:: settings.top_k]))
             for text, values in zip(gold["text"].to_pylist(), gold["topk_logprobs"].to_pylist(), strict=True)
@@ -150,7 +143,7 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
             for arm, said in arms.items():
                 chats = [judge_chat(q.question, q.answers, r.text) for q, r in zip(questions, said, strict=True)]
                 if judge.model:
-                    graded = _grade_remotely(judge, chats, api_key)
+                    graded = grade_remotely(judge, chats, api_key)
                 else:
                     graded = [reply.text for reply in ask(chats, None, judge.max_tokens)]
                 grades[arm] = list(map(parse_grade, graded))
@@ -179,7 +172,12 @@ def _confidence(logprobs: np.ndarray) -> float:
     return float(np.exp(logprobs.mean())) if len(logprobs) else 0.0
 
 
-def _grade_remotely(judge: Judge, chats: list[Any], api_key: str) -> list[str]:
+def api_key() -> str:
+    """Return the key for a judge at an endpoint that stands in this process's environment."""
+    return os.environ.get("OPENAI_API_KEY", "none")
+
+
+def grade_remotely(judge: Judge, chats: list[Any], api_key: str) -> list[str]:
     """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -191,7 +189,7 @@ def _grade_remotely(judge: Judge, chats: list[Any], api_key: str) -> list[str]:
         done = client.chat.completions.create(
             model=str(judge.model), messages=chat, temperature=0, max_tokens=judge.max_tokens
         )
-        return done.choices[0].message.content or ""
+        return (done.choices[0].message.content or "") if done.choices else ""
 
     try:
         with ThreadPoolExecutor(judge.concurrency) as pool:

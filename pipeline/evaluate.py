@@ -7,7 +7,6 @@ endpoint must give, too.
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.arms import Replies, Task, ask_all, general_questions, search_all
+from pipeline.arms import Replies, Task, api_key, ask_all, general_questions, search_all
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Evaluate, Update
 from pipeline.held_out import (
@@ -32,6 +31,7 @@ from pipeline.held_out import (
 )
 from pipeline.measure import measure_adapters
 from pipeline.prompts import declines
+from pipeline.publish import previous_version
 from pipeline.resources import engine_options, worker_options
 from pipeline.schema import ANSWER, QUESTION, digest
 from pipeline.score import (
@@ -95,13 +95,13 @@ def _ask_and_measure(tasks: dict[int, Task], base_path: str) -> Iterator[tuple[i
     engine, worker = engine_options(config.cluster), worker_options(config.cluster)
     search, ask, measure = alone(search_all, worker), alone(ask_all, engine), alone(_measure_all, worker)
     engines = config.cluster.num_engines
-    api_key = os.environ.get("OPENAI_API_KEY", "none")  # the driver's: nodes have an environment of their own
+    key = api_key()  # the driver's: nodes have an environment of their own
 
     def submit(group: list[int]) -> list[Any]:
         asked: Any = [tasks[number] for number in group]
         if config.evaluate.embedding_model:
             asked = search.remote(asked)
-        replies = ask.remote(asked, api_key)
+        replies = ask.remote(asked, key)
         return [replies, measure.remote(asked, base_path, replies)]
 
     size = min(GROUP_CORPORA, -(-len(tasks) // engines))
@@ -114,7 +114,7 @@ def _ask_and_measure(tasks: dict[int, Task], base_path: str) -> Iterator[tuple[i
 def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
     """Return what is to be evaluated, or the manifest if nothing is."""
     train, general = Stage(config.run_dir, "train", ANSWER), Stage(config.run_dir, "general", ANSWER)
-    *_, trained = require_line([*(Stage(config.run_dir, name, ANSWER) for name in ("answer", "filter")), train])
+    trained = require_line(config.run_dir, "train")["train"]
     stage = Stage(config.run_dir, "evaluate", ANSWER)
     questions = load_questions(config.evaluate) or held_out_questions(config)
     unrelated = read_questions("evaluate.unrelated", config.evaluate.unrelated)
@@ -167,24 +167,6 @@ def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
         report["scores"][arm]["judge_unparsable"] = grades.count(None)
     _write_answers(config, stage, replies, points, metric)
     return report
-
-
-def previous_version(config: Config, base: BaseModel, run_id: str, stage: Stage) -> Folder | None:
-    """Return the version that clients have, if it is of this base model, to compare the run's adapter with.
-
-    A run whose adapter was published already stays compared with what its evaluation was begun with.
-    """
-    from pipeline.publish import ALIAS, MANIFEST
-
-    adapters = Folder(config.publish.registry) / config.publish.name
-    alias = adapters.read_json(ALIAS) or {}
-    known = filter(None, (alias.get("version"), *alias.get("before", [])))
-    manifests = {version: (adapters / version).read_json(MANIFEST) or {} for version in known}
-    version = alias.get("version")
-    if run_id in (manifest.get("run_id") for manifest in manifests.values()):
-        version = (stage.folder.read_json("settings.json") or {}).get("previous")
-    is_ours = version in manifests and manifests[version].get("base_revision") == base.revision
-    return adapters / version if version and is_ours else None
 
 
 def _measure_all(tasks: list[Task], base_path: str, replies: list[Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from pipeline.prompts import invents_number, normalise, spaced_words, speaks_of_
 from pipeline.resources import worker_options
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
 from pipeline.stage import Actors, Job, run_alike
-from pipeline.store import Stage, Unit
+from pipeline.store import Stage, Unit, require_line
 
 
 def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:
@@ -31,7 +31,7 @@ def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:
 
 def filter_job(config: Config) -> Job:
     """Describe the stage; it needs the complete answer stage."""
-    answers = Stage(config.run_dir, "answer", ANSWER)
+    answers, line = Stage(config.run_dir, "answer", ANSWER), require_line(config.run_dir, "answer")
     held_out, starts_from = hold_out(config), {}
     if config.update.previous_run and config.filter.min_initial_kl is not None:
         starts_from["adapter"] = adapter_digest(config.update.previous_run)
@@ -39,7 +39,7 @@ def filter_job(config: Config) -> Job:
         Stage(config.run_dir, "filter", ANSWER),
         {
             "filter": config.filter.model_dump(),
-            "input": answers.require()["data_digest"],
+            "input": line["answer"]["data_digest"],
             "evaluation": {
                 "questions": digest(*sorted(held_out.texts)),
                 "near_duplicate_threshold": config.evaluate.near_duplicate_threshold,

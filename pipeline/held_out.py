@@ -69,10 +69,12 @@ def read_questions(field: str, uri: str | None, limit: int | None = None) -> lis
                 raise ValueError(f"{where}: {name!r} must be a {kind.__name__} that is not empty")
         if not all(isinstance(answer, str) for answer in row["answers"]):
             raise ValueError(f"{where}: 'answers' must hold strings only")
-        name = str(row.get("id", number))
+        name = str(number if row.get("id") is None else row["id"])
         if name in questions:
-            raise ValueError(f"{where}: another line has the id {name!r}, too")
-        questions[name] = TestQuestion(name, row["question"], row["answers"], row["context"], str(row.get("kind", "")))
+            raise ValueError(f"{where}: another line has the id {name!r}, too; give each its own")
+        questions[name] = TestQuestion(
+            name, row["question"], row["answers"], row["context"], str(row.get("kind") or "")
+        )
     if not questions:
         raise ValueError(f"{field} = {uri!r} has no questions; give some, or remove the setting")
     return list(questions.values())

@@ -144,8 +144,7 @@ def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:
     run_dir = config.update.previous_run
     if run_dir is None:
         return {}
-    require_line([Stage(run_dir, "chunk", PASSAGE), Stage(run_dir, "question", QUESTION)])
-    answer, *_ = require_line([Stage(run_dir, name, ANSWER) for name in ("answer", "filter", "train")])
+    answer = require_line(run_dir, "train")["answer"]
     wrote, adapter, lora = answer["settings"], adapter_of(run_dir).read_json("adapter_config.json"), config.train.lora
     layers = adapter["target_modules"] if lora.target_modules == "all-linear" else lora.target_modules
     for name, was, now in (

@@ -43,6 +43,14 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     trained = Stage(config.run_dir, "train", ANSWER).require()
     evaluated = require_evaluation(config)
     failed = check_gate(evaluated, config.publish.gate)
+    stage = Stage(config.run_dir, "evaluate", ANSWER)
+    previous = previous_version(config, base, trained["data_digest"], stage)
+    was, now = evaluated["settings"].get("previous"), previous and previous.name
+    if config.publish.gate.max_previous_loss is not None and was != now:
+        failed.append(
+            f"it was compared with {was or 'no earlier version'}, and clients have {now or 'none'} now: evaluate it "
+            "again, with --redo"
+        )
     if failed and force is None:
         raise ValueError(
             f"the adapter {config.publish.name} is not published: {'; '.join(failed)}. See "
@@ -128,6 +136,22 @@ def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
         if most is not None and value is not None and not value <= most:
             failed.append(f"{what} is {value:.2f}, {value - most:.2f} more than {name} = {most}")
     return failed
+
+
+def previous_version(config: Config, base: BaseModel, run_id: str, stage: Stage) -> Folder | None:
+    """Return the version that clients have, if it is of this base model, to compare the run's adapter with.
+
+    A run whose adapter was published already stays compared with what its evaluation was begun with.
+    """
+    adapters = Folder(config.publish.registry) / config.publish.name
+    alias = adapters.read_json(ALIAS) or {}
+    known = filter(None, (alias.get("version"), *alias.get("before", [])))
+    manifests = {version: (adapters / version).read_json(MANIFEST) or {} for version in known}
+    version = alias.get("version")
+    if run_id in (manifest.get("run_id") for manifest in manifests.values()):
+        version = (stage.folder.read_json("settings.json") or {}).get("previous")
+    is_ours = version in manifests and manifests[version].get("base_revision") == base.revision
+    return adapters / version if version and is_ours else None
 
 
 def version_of_run(config: Config, base: BaseModel) -> str:

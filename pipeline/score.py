@@ -225,9 +225,11 @@ def group_means(name: str, groups: Sequence[str], points: Points, metric: str) -
     """Mean of every arm in every group, the groups where the adapter does worst first; [] if nothing is grouped."""
     if not any(groups):
         return []
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
     rows = []
-    for group in dict.fromkeys(groups):
-        chosen = [index for index, other in enumerate(groups) if other == group]
+    for group, chosen in members.items():
         means = {arm: float(np.mean([metrics[metric][index] for index in chosen])) for arm, metrics in points.items()}
         rows.append({name: group, "questions": len(chosen), **means})
     return sorted(rows, key=lambda row: row["adapter"])

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from pipeline.config import Cluster
 from pipeline.resources import cluster_address, this_machine
-from pipeline.schema import digest
-from pipeline.store import PROGRESS_S, Stage, Unit
+from pipeline.store import PROGRESS_S, Stage, Unit, settings_digest
+
+logger = logging.getLogger(__name__)
 
 CODE = Path(__file__).resolve().parent.parent
 # What workers do not need of it; the code alone is well under a megabyte.
@@ -104,7 +105,7 @@ class Job:
     @property
     def settings_digest(self) -> str:
         """What a stage that reads this one's rows depends on; known before there are any."""
-        return digest(json.dumps(self.settings, sort_keys=True))
+        return settings_digest(self.settings)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,10 @@ class Actors:
 
 
 class _UnitActor:
-    """What Ray Data calls: a row with a line of JSON per [job, unit] in, a row with that of the committed units out."""
+    """What Ray Data calls: a row with a line of JSON per [job, unit] in, a row with that of the committed units out.
+
+    Where one fails stands its run, and why; an actor does no more of that run, and goes on with the others.
+    """
 
     def __init__(self, jobs: list[tuple[Stage, type[Worker], dict[str, Any]]], actors: Actors) -> None:
         # Ray would load models in one thread and call them in another. OpenMP gives each thread that computes a team of
@@ -129,6 +133,7 @@ class _UnitActor:
         self._thread = ThreadPoolExecutor(1)
         self._engine: Any = self._thread.submit(actors.load_engine).result() if actors.load_engine else None
         self._workers = self._thread.submit(self._make_workers, jobs).result()
+        self._failed: set[str] = set()  # runs
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (text,) = batch["work"].to_pylist()
@@ -139,20 +144,32 @@ class _UnitActor:
         return [(stage, worker(**arguments, **shared)) for stage, worker, arguments in jobs]
 
     def _do_units(self, text: str) -> str:
-        from pipeline.metrics import record_unit
-
         done = []
         for job, unit in map(json.loads, text.splitlines()):
             stage, worker = self._workers[job]
-            # Another actor may have died in the midst of this piece of work.
-            committed = stage.find_unit(unit["name"])
-            if committed is None:
-                if self._engine:
-                    self._engine.on_progress = partial(stage.write_progress, unit["name"])
-                committed = worker.do_unit(unit)
-                record_unit(stage, committed)
-            done.append(asdict(committed))
+            if stage.run_dir in self._failed:
+                continue
+            try:
+                done.append(asdict(self._do_unit(stage, worker, unit)))
+            except Exception as error:
+                logger.exception("unit %s of %s", unit["name"], stage.folder)
+                self._failed.add(stage.run_dir)
+                known = isinstance(error, ValueError)
+                what = str(error) if known else f"{type(error).__name__}: {error} (Ray's log has the traceback)"
+                done.append({"run_dir": stage.run_dir, "error": f"stage {stage.name}, unit {unit['name']}: {what}"})
         return json.dumps(done)
+
+    def _do_unit(self, stage: Stage, worker: Worker, unit: dict[str, Any]) -> Unit:
+        from pipeline.metrics import record_unit
+
+        # Another actor may have died in the midst of this piece of work.
+        committed = stage.find_unit(unit["name"])
+        if committed is None:
+            if self._engine:
+                self._engine.on_progress = partial(stage.write_progress, unit["name"])
+            committed = worker.do_unit(unit)
+            record_unit(stage, committed)
+        return committed
 
 
 @contextlib.contextmanager
@@ -215,6 +232,7 @@ def run_stages(jobs: list[Job], actors: Actors, redo: bool = False) -> list[Any]
     if opened:
         start_ray(actors.cluster)
         started = time.monotonic()
+        failed: dict[str, ValueError] = {}  # by run
         work: dict[tuple[str, str], str] = {}  # run and unit's name -> a line of JSON for each job
         total = left = 0
         for place, job in enumerate(opened.values()):
@@ -232,14 +250,16 @@ def run_stages(jobs: list[Job], actors: Actors, redo: bool = False) -> list[Any]
             watching(partial(show_progress, at_engines, bar)),
         ):
             for done in _map_work(list(work.values()), list(opened.values()), actors):
-                bar.update(done)
+                bar.update(sum("error" not in one for one in done))
+                failed |= {one["run_dir"]: ValueError(one["error"]) for one in done if "error" in one}
         seconds = time.monotonic() - started
         totals = {number: job.stage.totals() for number, job in opened.items()}
         busy = {number: sums["stats"].get("engine_seconds", 0.0) for number, sums in totals.items()}
         all_busy = sum(busy.values())
         for number, job in opened.items():
             part = busy[number] / all_busy if all_busy else 1 / len(opened)
-            outcomes[number] = attempt(partial(_close, job, seconds * part, totals[number]))
+            close = partial(_close, job, seconds * part, totals[number])
+            outcomes[number] = failed.get(job.stage.run_dir) or attempt(close)
     return [
         outcome if isinstance(outcome, ValueError) else job.stage.require()
         for job, outcome in zip(jobs, outcomes, strict=True)
@@ -304,8 +324,8 @@ def _pieces(work: list[str], num_actors: int) -> Iterator[str]:
         start = end
 
 
-def _map_work(work: list[str], jobs: list[Job], actors: Actors) -> Iterator[int]:
-    """Yield how many units each finished piece of work had."""
+def _map_work(work: list[str], jobs: list[Job], actors: Actors) -> Iterator[list[dict[str, Any]]]:
+    """Yield what became of the units of each finished piece of work."""
     if not work:
         return
     import ray.data
@@ -333,7 +353,7 @@ def _map_work(work: list[str], jobs: list[Job], actors: Actors) -> Iterator[int]
         )
     try:
         for row in dataset.iter_rows():
-            yield len(json.loads(row["done"]))
+            yield json.loads(row["done"])
     except ray.exceptions.RayActorError as error:
         # Pieces are begun in order, and the others went on meanwhile: one that kills its actors is the first left.
         begun = ((jobs[job].stage, unit["name"]) for job, unit in map(json.loads, "".join(work).splitlines()))

@@ -68,9 +68,7 @@ def read_status(config: Config) -> dict[str, Any]:
 
 def require_evaluation(config: Config) -> dict[str, Any]:
     """Return the manifest of the evaluation; ValueError if it, the adapter and the rows do not belong together."""
-    stages = stages_of(config)
-    require_line([stages[name] for name in ("chunk", "question")])
-    return require_line([stages[name] for name in ("answer", "filter", "train", "evaluate")])[-1]
+    return require_line(config.run_dir, "evaluate")["evaluate"]
 
 
 def summarise(config: Config) -> dict[str, Any]:

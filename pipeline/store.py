@@ -21,7 +21,7 @@ import os
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -34,9 +34,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from pipeline.schema import REJECTED, Rejected, digest, to_table
+from pipeline.schema import ANSWER, REJECTED, Rejected, digest, to_table
 
 FORMAT = 1  # of a run directory; raise it when a folder that older code wrote cannot be gone on with
+LINE = ("chunk", "question", "answer", "filter", "train", "evaluate")  # each made from what stands before it
 PROGRESS_S = 5.0  # between two reports of work that takes long
 READERS = 16  # requests for units' JSON at a time: a bucket takes tens of milliseconds for each
 SPLIT = "topk_logprobs.list.element"  # Parquet's name of the column that takes the most room
@@ -398,13 +399,21 @@ class Stage:
         return manifest
 
 
-def require_line(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Return the stages' manifests; ValueError unless each was made from the rows that the one before it has now."""
-    manifests = [stage.require() for stage in stages]
-    for earlier, later in pairwise(manifests):
-        if later["settings"]["input"] != earlier["data_digest"]:
+def settings_digest(settings: dict[str, Any]) -> str:
+    """What a stage that reads another one's rows depends on, before there are any."""
+    return digest(json.dumps({name: value for name, value in settings.items() if name != "format"}, sort_keys=True))
+
+
+def require_line(run_dir: str, last: str) -> dict[str, dict[str, Any]]:
+    """Return the manifests of LINE down to the stage `last`, by name.
+
+    ValueError unless each was made from what the one before it has now: its rows or, begun beside it, its settings.
+    """
+    manifests = {name: Stage(run_dir, name, ANSWER).require() for name in LINE[: LINE.index(last) + 1]}
+    for earlier, later in pairwise(manifests.values()):
+        if later["settings"]["input"] not in (earlier["data_digest"], settings_digest(earlier["settings"])):
             raise ValueError(
-                f"stage {later['stage']} in {Folder(stages[0].run_dir)} was made from other rows than stage "
+                f"stage {later['stage']} in {Folder(run_dir)} was made from other rows than stage "
                 f"{earlier['stage']} has now; run it again, with --redo"
             )
     return manifests

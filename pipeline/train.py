@@ -17,9 +17,9 @@ from pipeline.general import FORGOTTEN
 from pipeline.previous import adapter_digest, previous_settings
 from pipeline.reading import READING
 from pipeline.resources import worker_options
-from pipeline.schema import ANSWER
+from pipeline.schema import ANSWER, digest
 from pipeline.stage import attempt, start_ray, watching
-from pipeline.store import Stage, open_uri
+from pipeline.store import Stage, open_uri, require_line
 
 REFUSAL = "refusal.json"
 
@@ -43,22 +43,22 @@ def train_adapters(configs: list[Config], base: BaseModel, redo: bool = False, n
 
 def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dict[str, Any]:
     """Return the stage if it is to be trained, or its manifest; it needs complete filter and general stages."""
-    answers, general = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "general", ANSWER)
-    model = check_manifest(Stage(config.run_dir, "answer", ANSWER).require(), base)
+    line, general = require_line(config.run_dir, "filter"), Stage(config.run_dir, "general", ANSWER).require()
+    check_manifest(general, base)
     stage = Stage(config.run_dir, name, ANSWER)
     settings = {
         "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk", "zero_stage"}),
         "general_share": config.general.share,
-        "model": model,
-        "input": answers.require()["data_digest"],
-        "general": general.require()["data_digest"],
-        **_reading_settings(config),
+        "model": check_manifest(line["answer"], base),
+        "input": line["filter"]["data_digest"],
+        "general": general["data_digest"],
+        **_reading_settings(config, base),
         **_update_settings(config, base),
     }
     if not stage.open(settings, redo):
         print(f"{name}: up to date", file=sys.stderr)
         return stage.require()
-    if not answers.require()["rows_out"]:
+    if not line["filter"]["rows_out"]:
         raise ValueError("no answers are left to train on; loosen [filter] or write more questions")
     stage.folder.write_json(REFUSAL, None)
     return stage
@@ -67,25 +67,31 @@ def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dic
 def _close(stage: Stage, result: dict[str, Any], overhead: float) -> dict[str, Any]:
     if refusal := stage.folder.read_json(REFUSAL):
         raise ValueError(refusal)
-    return stage.close(result["seconds"] * overhead, {"training": result})
+    adapter, totals = stage.folder / "adapter", stage.totals()
+    # Of two trainings with the same settings only one made what is evaluated and published.
+    contents = (part for name in adapter.list() for part in (name, adapter.read_bytes(name)))
+    totals["data_digest"] = digest(totals["data_digest"], *contents)
+    return stage.close(result["seconds"] * overhead, {"training": result}, totals)
 
 
 def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
-    """Raise ValueError unless this base model wrote the answers; return what the two share."""
+    """Raise ValueError unless this base model wrote a stage's answers; return what the two share."""
     wrote, trains = answers["settings"]["model"], base.identity()
     for name, value in trains.items():
         if wrote[name] != value:
             raise ValueError(
-                f"the answers were written by another teacher: {name} was {wrote[name]}, that of model.path = "
-                f"{base.path!r} is {value}; train the model that wrote them, or write the answers anew"
+                f"stage {answers['stage']} was written by another teacher: {name} was {wrote[name]}, that of "
+                f"model.path = {base.path!r} is {value}; train the model that wrote them, or write the answers anew"
             )
     return trains
 
 
-def _reading_settings(config: Config) -> dict[str, Any]:
+def _reading_settings(config: Config, base: BaseModel) -> dict[str, Any]:
     if not config.reading.per_passage:
         return {}
-    return {"reading": [config.reading.share, Stage(config.run_dir, READING, ANSWER).require()["data_digest"]]}
+    reading = Stage(config.run_dir, READING, ANSWER).require()
+    check_manifest(reading, base)
+    return {"reading": [config.reading.share, reading["data_digest"]]}
 
 
 def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:
@@ -94,7 +100,11 @@ def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:
     if update.previous_run is None:
         return {}
     previous_settings(config, base)
-    forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER).require()["data_digest"] if update.forget_removed else None
+    forgotten = None
+    if update.forget_removed:
+        answers = Stage(config.run_dir, FORGOTTEN, ANSWER).require()
+        check_manifest(answers, base)
+        forgotten = answers["data_digest"]
     adapter = adapter_digest(update.previous_run)
     return {"update": {"adapter": adapter, "replay_share": update.replay_share, "forgotten": forgotten}}
 

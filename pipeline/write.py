@@ -66,7 +66,8 @@ def _jobs(config: Config, base: BaseModel, redo: bool, stages: tuple[str, ...]) 
         if "question" not in stages:
             questions.stage.open(questions.settings)  # refuses questions that were written with other settings
         jobs = {"question": questions, "answer": answer_job(config, base, questions)}
-    jobs = {name: job for name, job in (jobs | {"general": general_job(config, base)}).items() if name in stages}
+    # First, since a refused stage takes the later ones of its run along, and this one is every corpus's.
+    jobs = {name: job for name, job in ({"general": general_job(config, base)} | jobs).items() if name in stages}
     if config.reading.per_passage and "answer" in stages:
         jobs[READING] = reading_job(config, jobs["answer"])
     if config.update.previous_run is not None and "general" in stages:

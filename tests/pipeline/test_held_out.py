@@ -127,9 +127,11 @@ def test_a_bad_question_file_names_line_and_field(tmp_path: Path, line: str, mes
 
 
 def test_blank_lines_are_no_questions(tmp_path: Path) -> None:
-    rows = [json.dumps({"question": f"Q{n}?", "answers": ["a"], "context": "c"}) for n in range(2)]
+    none = {"id": None, "kind": None}  # is as good as not there
+    rows = [json.dumps({"question": f"Q{n}?", "answers": ["a"], "context": "c", **none}) for n in range(2)]
     path = tmp_path / "questions.jsonl"
     path.write_text(f"\n{rows[0]}\n\n{rows[1]}\n\n")
+    assert [(row.id, row.kind) for row in load_questions(Evaluate(questions=str(path)))] == [("2", ""), ("4", "")]
     assert [row.question for row in load_questions(Evaluate(questions=str(path)))] == ["Q0?", "Q1?"]
     assert [row.question for row in load_questions(Evaluate(questions=str(path), max_questions=1))] == ["Q0?"]
 

@@ -1,5 +1,6 @@
 """The gate: what an adapter must reach to be published, and by whose evaluation."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,10 @@ import pytest
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
-from pipeline.evaluate import previous_version
-from pipeline.publish import check_gate, move_alias
+from pipeline.publish import check_gate, move_alias, previous_version, publish_adapter
 from pipeline.schema import ANSWER
 from pipeline.status import require_evaluation, stages_of
-from pipeline.store import Folder, Stage
+from pipeline.store import LINE, Folder, Stage, settings_digest
 from tests.conftest import make_config
 
 GOOD: dict[str, Any] = {
@@ -76,26 +76,50 @@ def test_what_was_not_measured_or_is_not_asked_for_stops_nobody() -> None:
     assert check_gate(GOOD | {"gap_closed": -1.0}, nothing) == []
 
 
-def test_the_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> None:
-    places = {"run_dir": str(tmp_path), "model": {"path": str(tmp_path)}, "read": {"paths": ["x"]}}
-    config = Config.model_validate(places | {"publish": {"registry": str(tmp_path), "name": "test"}})
+def complete(stages: dict[str, Stage], name: str, **settings: Any) -> None:
+    place, given = LINE.index(name), None
+    if place:
+        before = stages[LINE[place - 1]].require()
+        # Answers are begun before their questions are there.
+        given = settings_digest(before["settings"]) if name == "answer" else before["data_digest"]
+    stages[name].open({**settings, "input": given}, redo=True)
+    stages[name].close(0.0)
+
+
+def make_line(tmp_path: Path) -> tuple[Config, dict[str, Stage]]:
+    """Complete the stages without a row."""
+    places = {"registry": str(tmp_path / "registry"), "name": "a"}
+    config = make_config(str(tmp_path / "run"), publish=places)
     stages = stages_of(config)
+    for name in LINE:
+        complete(stages, name)
+    return config, stages
 
-    def make(name: str, source: str | None, **settings: int) -> None:
-        stages[name].open({**settings, "input": source and stages[source].require()["data_digest"]}, redo=True)
-        stages[name].close(0.0)
 
-    line = {"question": "chunk", "filter": "answer", "train": "filter", "evaluate": "train"}
-    for name in ("chunk", "question", "answer", "filter", "train", "evaluate"):
-        make(name, line.get(name))
+def test_the_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    config, stages = make_line(tmp_path)
     assert require_evaluation(config)["stage"] == "evaluate"
-    for changed, later in (("train", "evaluate"), ("filter", "train"), ("chunk", "question")):
-        make(changed, line.get(changed), epochs=9)
+    for changed, later in pairwise(LINE):
+        complete(stages, changed, epochs=9)
         with pytest.raises(ValueError, match=f"stage {later} .* was made from other rows than stage {changed}"):
             require_evaluation(config)
-        for name in ("question", "answer", "filter", "train", "evaluate"):
-            make(name, line.get(name))
+        for name in LINE[1:]:
+            complete(stages, name)
         assert require_evaluation(config)["stage"] == "evaluate"
+
+
+def test_the_comparison_with_a_version_that_clients_no_longer_have_is_refused(tmp_path: Path) -> None:
+    config, stages = make_line(tmp_path)
+    base, adapters = BaseModel("m", str(tmp_path), "1", "t", "c"), Folder(config.publish.registry) / "a"
+    for version in ("first", "second"):
+        (adapters / version).write_json("manifest.json", {"run_id": version, "base_revision": "1"})
+    move_alias(adapters, "first")
+    with pytest.raises(ValueError, match="was compared with no earlier version, and clients have first now"):
+        publish_adapter(config, base)
+    complete(stages, "evaluate", previous="first")
+    move_alias(adapters, "second")
+    with pytest.raises(ValueError, match="was compared with first, and clients have second now"):
+        publish_adapter(config, base)
 
 
 def test_everything_that_fails_is_named() -> None:

@@ -16,7 +16,7 @@ from pipeline.config import Config, load_config
 from pipeline.report import EXAMPLES, PASSAGE_CHARS, WORST_DOCUMENTS, choose_examples, excerpt, write_report
 from pipeline.schema import DOCUMENT, Document, Rejected, to_table
 from pipeline.status import SCHEMAS, stages_of
-from pipeline.store import Folder
+from pipeline.store import LINE, Folder
 
 HOSTILE = "<script>alert('mill')</script><img src=http://evil.example/a.png> & $x^2$"
 ARMS = {"closed_book": 0.125, "adapter": 0.5, "adapter_retrieval": 0.625, "gold_passage": 0.875}
@@ -104,7 +104,7 @@ def make_run(tmp_path: Path, report: dict[str, Any] | None, *overrides: str) -> 
     stages = stages_of(config)
     for name, stage in stages.items():
         # As in a run: the stage from whose rows it is made, and what it decided.
-        source = {"question": "chunk", "filter": "answer", "train": "filter", "evaluate": "train"}.get(name)
+        source = LINE[LINE.index(name) - 1] if name in LINE[1:] else None
         settings = {"input": source and stages[source].require()["data_digest"]}
         stage.open(settings | config.model_dump(include={name} & {"train", "answer"}))
         reasons: list[Any] = ["off_passage", "off_passage", "unparsable"] if name == "question" else []
@@ -156,7 +156,7 @@ def test_what_matters_is_in_it(tmp_path: Path) -> None:
     ):
         assert wanted in seen, wanted
     hours = 450 * (len(SCHEMAS) + 1) / 3600
-    assert f"At 2.00 an hour the run cost {2 * hours:.2f}" in seen
+    assert f"At 2.00 an hour these calls cost {2 * hours:.2f}" in seen
 
 
 def test_nothing_from_outside_runs_or_loads(tmp_path: Path) -> None:

@@ -186,6 +186,28 @@ def run_as_driver(job: Job) -> dict[str, Any]:
         return only(run_stages([job], Actors(Cluster(), count=1)))
 
 
+class Failing(Letters):
+    """Cannot write unit 2 of the run `bad`."""
+
+    def do_unit(self, unit: dict[str, Any]) -> Unit:
+        if unit["name"] == "2" and self._stage.run_dir.endswith("bad"):
+            raise OSError(28, "No space left on device")
+        return super().do_unit(unit)
+
+
+def test_a_run_whose_unit_fails_is_named_and_the_others_are_done(local_ray: None, tmp_path: Path) -> None:
+    stages = [Stage(str(tmp_path / name), "read", DOCUMENT) for name in ("good", "bad")]
+    units = [{"name": str(number)} for number in range(5)]
+    engine = SimpleNamespace(text="text")
+    jobs = [Job(stage, {}, units, Failing, {"stage": stage, "engine": engine}) for stage in stages]
+    good, bad = run_stages(jobs, Actors(Cluster(), count=1))
+    assert good["rows_out"] == 5
+    assert isinstance(bad, ValueError) and "stage read, unit 2: OSError: [Errno 28] No space left" in str(bad)
+    assert stages[1].manifest() is None and {"0", "1"} <= stages[1].committed()
+    jobs = [Job(stages[1], {}, units, Letters, {"stage": stages[1], "engine": engine})]
+    assert only(run_stages(jobs, Actors(Cluster(), count=1)))["rows_out"] == 5, "it goes on from there"
+
+
 class Lasting(Letters):
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         time.sleep(5)

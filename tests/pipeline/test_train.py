@@ -97,7 +97,7 @@ def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     digests: dict[str, str] = {}
     for name, schema, table in tables:
         stage = Stage(str(run_dir), name, schema)
-        source = {"question": "chunk", "filter": "answer"}.get(name, "")
+        source = {"question": "chunk", "answer": "question", "filter": "answer"}.get(name, "")
         stage.open({"model": identity, "answer": {"top_k": TOP_K}, "input": digests.get(source)})
         stage.commit("0" if name in ("dedup", "chunk") else "0-00000", [table], [], table.num_rows)
         digests[name] = stage.close(0.0)["data_digest"]
