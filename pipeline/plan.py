@@ -91,7 +91,7 @@ def scale_up(config: Config, measured: Measured, num_engines: int) -> dict[str, 
     full, written, kept, trained, num_sampled, adapter_bytes = measured
     scale = full["chunk"]["rows_out"] / num_sampled
     num_prompts = config.general.prompts + config.general.held_out
-    times: dict[str, float] = dict.fromkeys(written, scale) | {"general": num_prompts / SAMPLE_PROMPTS}
+    times = {**dict.fromkeys(written, scale), "general": num_prompts / SAMPLE_PROMPTS}
     trained_times = scale * config.train.epochs
     seconds = {name: done["seconds"] for name, done in full.items()}
     # What a stage takes beside its engine's work is its start, which does not grow with the corpus.
