@@ -228,6 +228,9 @@ def test_chunk_stage(local_ray: None, run_dir: str, tmp_path: Path, tokenizer_di
     assert chunk() == manifest
     with pytest.raises(ValueError, match="max_tokens"):
         chunk(32)
+    write_documents(run_dir, "dedup", [documents[:1]])
+    with pytest.raises(ValueError, match="input was"):
+        chunk()
 
 
 def test_a_file_that_changed_keeps_the_passages_that_it_still_has(

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.arms import Replies, Reply
 from pipeline.config import Config, Evaluate, Update
+from pipeline.evaluate import _score
 from pipeline.filter import AnswerFilter
 from pipeline.held_out import (
     HeldOut,
@@ -71,6 +73,20 @@ def test_without_a_file_a_tenth_of_the_questions_is_held_out_and_never_trained_o
     assert not texts & {question.question for question in asked}
     reasons = Counter(stage.read_rejected()["reason"].to_pylist())
     assert reasons["held_out"] == 4 and len(trained) + reasons.total() == 40
+
+
+def test_what_the_model_asked_itself_is_scored_by_token_f1(config: Config) -> None:
+    filter_run(config)
+    asked = held_out_questions(config)
+    right, wrong = ([Reply(text, 1.0) for text in texts] for texts in ([q.answers[0] for q in asked], [""] * 4))
+    arms = {"closed_book": wrong, "adapter": [right[0], *wrong[1:]], "gold_passage": right}
+    replies = Replies(asked, arms, ANSWER.empty_table(), {}, {}, {}, {}, {})
+    stage = Stage(config.run_dir, "evaluate", ANSWER)
+    report = _score(config, replies, stage)
+    assert (report["metric"], report["questions_from"]) == ("token_f1", "generated")
+    assert report["scores"]["adapter"]["token_f1"] == 0.25 and report["trained_on"] == 0
+    lines = [json.loads(line) for line in stage.folder.read_bytes("answers.jsonl").splitlines()]
+    assert ["lineage" in line for line in lines] == [False, True, True, True]
 
 
 def test_questions_that_nearly_repeat_an_asked_one_are_not_trained_on(config: Config, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ GOOD: dict[str, Any] = {
         {"arm": "adapter_retrieval", "over": "retrieval", "difference": 0.1},
     ],
 }
-GATE = Gate(min_gap_closed=0.3, max_kl_to_base=0.3, max_general_loss=0.1, max_refusal_loss=0.2)
+GATE = Gate()
 NAN = float("nan")
 
 
@@ -37,16 +37,16 @@ def test_a_good_adapter_passes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gap_closed": 0.1}, "closes 0.10 of the gap, 0.20 less than min_gap_closed = 0.3"),
-        ({"gap_closed": -0.5}, "0.80 less than min_gap_closed"),
+        ({"gap_closed": 0.05}, "closes 0.05 of the gap, 0.05 less than min_gap_closed = 0.1"),
+        ({"gap_closed": -0.5}, "0.60 less than min_gap_closed"),
         ({"lost": GOOD["lost"] | {"kl_to_base": 2.5}}, "2.50, 2.20 more than max_kl_to_base = 0.3"),
         (
             {"lost": GOOD["lost"] | {"general_questions": {"closed_book": 0.8, "adapter": 0.4}}},
-            "fall on general questions is 0.40, 0.30 more than max_general_loss = 0.1",
+            "fall on general questions is 0.40, 0.20 more than max_general_loss = 0.2",
         ),
         (
-            {"lost": GOOD["lost"] | {"refusal": {"closed_book": 0.5, "adapter": 0.0}}},
-            "fall in refusals is 0.50, 0.30 more than max_refusal_loss = 0.2",
+            {"lost": GOOD["lost"] | {"refusal": {"closed_book": 0.8, "adapter": 0.1}}},
+            "fall in refusals is 0.70, 0.20 more than max_refusal_loss = 0.5",
         ),
         (
             {"comparisons": [{"arm": "adapter_retrieval", "over": "retrieval", "difference": -0.5}]},

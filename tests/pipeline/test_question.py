@@ -1,7 +1,14 @@
 """The quota of a passage: slots, rounds, duplicates, counting; no engine needed."""
 
+from pathlib import Path
+
+from pipeline.answer import answer_job
+from pipeline.base_model import BaseModel
 from pipeline.config import QuestionSection
-from pipeline.question import _Quota
+from pipeline.question import _Quota, question_job
+from pipeline.schema import PASSAGE as PASSAGE_SCHEMA
+from pipeline.store import Stage
+from tests.conftest import make_config
 
 PASSAGE = {
     "passage_id": "p",
@@ -100,3 +107,14 @@ def test_a_passage_that_leaves_no_room_is_asked_no_more() -> None:
     assert not quota.open_calls(1)
     assert [row.reason for row in quota.rejected] == ["too_long"]
     assert not quota.is_full
+
+
+def test_answers_are_made_anew_with_their_questions(tmp_path: Path) -> None:
+    base, chunk = BaseModel("m", "m", "r", "t", "c"), Stage(str(tmp_path), "chunk", PASSAGE_SCHEMA)
+    chunk.open({})
+    chunk.close(0.0)
+    settings = []
+    for seed in (0, 0, 1):
+        config = make_config(str(tmp_path), question={"seed": seed})
+        settings.append(answer_job(config, base, question_job(config, base)).settings)
+    assert settings[0] == settings[1] != settings[2]

@@ -15,7 +15,7 @@ from selenium import webdriver
 from pipeline.config import Config, load_config
 from pipeline.report import EXAMPLES, PASSAGE_CHARS, WORST_DOCUMENTS, choose_examples, excerpt, write_report
 from pipeline.schema import DOCUMENT, Document, Rejected, to_table
-from pipeline.status import SCHEMAS, stages_of
+from pipeline.status import SCHEMAS, read_status, stages_of
 from pipeline.store import LINE, Folder
 
 HOSTILE = "<script>alert('mill')</script><img src=http://evil.example/a.png> & $x^2$"
@@ -207,6 +207,21 @@ def test_every_optional_part_may_be_absent(tmp_path: Path, absent: list[str]) ->
 )
 def test_no_gap_and_a_worse_adapter_are_said(tmp_path: Path, share: float | None, said: str) -> None:
     assert said in text(page(make_run(tmp_path, evaluation() | {"gap_closed": share})))
+
+
+def test_questions_that_the_model_wrote_are_said_to_be_so(tmp_path: Path) -> None:
+    seen = text(page(make_run(tmp_path, evaluation() | {"metric": "token_f1", "questions_from": "generated"})))
+    assert "16 questions, which the base model wrote" in seen and "token f1 without a passage" in seen
+
+
+def test_a_run_under_way_says_what_is_left(tmp_path: Path) -> None:
+    config = make_run(tmp_path, None)
+    stage = stages_of(config)["dedup"]
+    stage.folder.delete_file("manifest.json")
+    (stage.folder / "units").delete_file("0.json")
+    status = read_status(config)["stages"]
+    assert (status["read"]["state"], status["dedup"]["state"]) == ("complete", "unfinished")
+    assert status["dedup"]["units_left"] == 1
 
 
 def test_an_unfinished_run_has_no_report(tmp_path: Path) -> None:

@@ -170,13 +170,14 @@ def test_the_loss_falls_and_the_adapter_is_the_one_that_was_trained(
 def test_every_answer_token_weighs_the_same_also_of_a_sample_that_has_a_step_for_itself(
     answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    config = load_config(write_run(tmp_path, answered, tiny_model), ["train.batch_tokens=128"])
+    config = load_config(write_run(tmp_path, answered, tiny_model), ["train.batch_tokens=128", "train.temperature=2.0"])
     rows = Stage(str(answered), "filter", ANSWER).read_unit("0-00000").to_pylist()
     rows[0] |= {"prompt_ids": rows[0]["prompt_ids"] * 9}
     gradients: list[tuple[int, float]] = []
 
     class Recorder:
         def __call__(self, packed: Packed, signal: Any) -> torch.Tensor:
+            assert signal.temperature == 2
             return torch.ones(len(packed.answer_index))
 
         def backward(self, loss: torch.Tensor) -> None:
