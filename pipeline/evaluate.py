@@ -27,9 +27,9 @@ from pipeline.held_out import (
     load_questions,
     read_questions,
     rows_where,
-    values_of,
 )
 from pipeline.measure import measure_adapters
+from pipeline.previous import adapter_of
 from pipeline.prompts import declines
 from pipeline.publish import previous_version
 from pipeline.resources import engine_options, worker_options
@@ -46,7 +46,7 @@ from pipeline.score import (
     token_f1,
 )
 from pipeline.stage import attempt, in_turns, show_progress, start_ray, watching
-from pipeline.store import Folder, Stage, require_line
+from pipeline.store import Stage, require_line
 from pipeline.train import train_adapters
 
 LINEAGE_ROWS = 3
@@ -113,14 +113,13 @@ def _ask_and_measure(tasks: dict[int, Task], base_path: str) -> Iterator[tuple[i
 
 def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
     """Return what is to be evaluated, or the manifest if nothing is."""
-    train, general = Stage(config.run_dir, "train", ANSWER), Stage(config.run_dir, "general", ANSWER)
+    general = Stage(config.run_dir, "general", ANSWER)
     trained = require_line(config.run_dir, "train")["train"]
     stage = Stage(config.run_dir, "evaluate", ANSWER)
     questions = load_questions(config.evaluate) or held_out_questions(config)
     unrelated = read_questions("evaluate.unrelated", config.evaluate.unrelated)
-    adapters = {"adapter": train.folder / "adapter"}
-    for name in config.evaluate.baselines:
-        adapters[name] = Folder(config.run_dir) / f"baseline-{name}" / "adapter"
+    adapters = {"adapter": adapter_of(config.run_dir)}
+    adapters |= {name: adapter_of(config.run_dir, f"baseline-{name}") for name in config.evaluate.baselines}
     settings = {
         "evaluate": config.evaluate.model_dump(exclude={"questions", "unrelated"}),
         "retrieval_passages": config.serve.retrieval_passages,
@@ -241,7 +240,8 @@ def _taught(config: Config, passages: set[str]) -> dict[str, list[dict[str, str]
     """Return what was trained on about these passages: passage id -> question and answer."""
     kept, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
     rows = rows_where(kept, ["passage_id", "question_id", "text"], "passage_id", passages)
-    texts = by_id(rows_where(questions, ["question_id", "text"], "question_id", values_of(rows, "question_id")))
+    asked = {row["question_id"] for row in rows}
+    texts = by_id(rows_where(questions, ["question_id", "text"], "question_id", asked))
     taught: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         pair = {"question": texts[row["question_id"]]["text"], "answer": row["text"]}

@@ -119,7 +119,7 @@ def hold_out(config: Config) -> HeldOut:
     """
     settings = config.evaluate
     if settings.questions is not None:
-        texts = [question.question for question in load_questions(settings.model_copy(update={"max_questions": None}))]
+        texts = [question.question for question in read_questions("evaluate.questions", settings.questions)]
         return HeldOut(frozenset(), texts, settings.near_duplicate_threshold)
     new: list[tuple[str, str]] = []
     held_before: list[tuple[str, str]] = []
@@ -226,7 +226,7 @@ def held_out_questions(config: Config) -> list[TestQuestion]:
         return []
 
     def look_up(stage: Stage, columns: list[str], rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return by_id(rows_where(stage, columns, columns[0], values_of(rows, columns[0])))
+        return by_id(rows_where(stage, columns, columns[0], {row[columns[0]] for row in rows}))
 
     asked = look_up(questions, ["question_id", "kind", "text"], found)
     read = look_up(passages, ["passage_id", "doc_id", "heading", "text"], found)
@@ -255,11 +255,6 @@ def rows_where(stage: Stage, columns: list[str], key: str, wanted: set[str]) -> 
     values = pa.array(sorted(wanted), pa.string())
     tables = (stage.read_shard(shard, columns) for shard in stage.shards())
     return [row for table in tables for row in table.filter(pc.field(key).isin(values)).to_pylist()]
-
-
-def values_of(rows: Iterable[dict[str, Any]], name: str) -> set[str]:
-    """Return what stands in one column."""
-    return {row[name] for row in rows}
 
 
 def by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -22,11 +22,12 @@ from pipeline.config import Config, Update
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.filter import filter_answers
 from pipeline.held_out import load_questions, read_questions
+from pipeline.previous import adapter_of
 from pipeline.prompts import question_chat, teacher_chat
 from pipeline.read import read_documents
 from pipeline.reading import READING
 from pipeline.resources import cluster_address, compute_dtype, loaded_bytes, model_fits
-from pipeline.schema import ANSWER, PASSAGE
+from pipeline.schema import PASSAGE
 from pipeline.stage import only
 from pipeline.store import Folder, Stage, open_uri
 from pipeline.train import train_adapters
@@ -73,7 +74,7 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     written = only(write([sample], base, redo=True))
     kept = only(filter_answers([sample], redo=True))
     trained = only(train_adapters([sample], base, redo=True))
-    adapter = (Stage(sample.run_dir, "train", ANSWER).folder / "adapter").size("adapter_model.safetensors")
+    adapter = adapter_of(sample.run_dir).size("adapter_model.safetensors")
     shards = len(Stage(config.run_dir, "chunk", PASSAGE).shards())
     measured = Measured(read | {"chunk": chunked}, written, kept, trained, num_sampled, adapter)
     plan = scale_up(config, measured, min(config.cluster.num_engines, shards))

@@ -129,9 +129,9 @@ def _key(passage: dict[str, Any]) -> bytes:
     return bytes.fromhex(digest(passage["heading"], passage["text"]))
 
 
-def adapter_of(run_dir: str) -> Folder:
-    """Return where a run's trained adapter stands."""
-    return Folder(run_dir) / "train" / "adapter"
+def adapter_of(run_dir: str, stage: str = "train") -> Folder:
+    """Return where a run's trained adapter stands, or that of a baseline."""
+    return Folder(run_dir) / stage / "adapter"
 
 
 def adapter_digest(run_dir: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
+from pipeline.previous import adapter_of
 from pipeline.schema import ANSWER, PASSAGE, AdapterManifest, Probe, digest
 from pipeline.status import require_evaluation
 from pipeline.store import Folder, Stage
@@ -156,12 +157,13 @@ def previous_version(config: Config, base: BaseModel, run_id: str, stage: Stage)
 
 def version_of_run(config: Config, base: BaseModel) -> str:
     """Return the version that a run's adapter is, or will be, published as."""
-    passages = Stage(config.run_dir, "chunk", PASSAGE).require()["data_digest"]
+    # The documents' too: it is under their names that clients are told the sources.
+    passages = digest(*(Stage(config.run_dir, name, PASSAGE).require()["data_digest"] for name in ("dedup", "chunk")))
     return name_version(base, _adapter_files(config), passages)
 
 
 def _adapter_files(config: Config) -> dict[str, bytes]:
-    source = Stage(config.run_dir, "train", ANSWER).folder / "adapter"
+    source = adapter_of(config.run_dir)
     return {name: source.read_bytes(name) for name in source.list()}
 
 

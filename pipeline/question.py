@@ -120,7 +120,7 @@ class QuestionWriter:
             unit["name"],
             [pa.concat_tables([kept, to_table(questions, QUESTION)])],
             rejected,
-            rows_in=kept.num_rows + len(questions) + len(rejected),
+            rows_in=kept.num_rows + sum(quota.num_candidates for quota in quotas),
             stats=self._engine.stats.since(before)
             | {"passages": len(quotas), "passages_full": sum(quota.is_full for quota in quotas)},
         )
@@ -179,6 +179,7 @@ class _Quota:
         counts = Counter(row["kind"] for row in had)
         self._asked = Counter({kind: math.ceil(counts[kind] / settings.per_call) for kind in settings.kinds})
         self._seen = {normalise(row["text"]) for row in had}
+        self.num_candidates = 0  # a reply without any counts as one
         self.questions: list[Question] = []
         self.rejected: list[Rejected] = []
 
@@ -209,6 +210,7 @@ class _Quota:
     def give_up(self, call: Call, prompt_tokens: int, room: int) -> None:
         """Reject a call whose prompt leaves no room for a reply; the kind is asked for no more."""
         self._open[call.kind] = 0
+        self.num_candidates += 1
         self._reject(
             call.request_id(self._settings.seed), "too_long", f"prompt of {prompt_tokens} tokens, room for {room}"
         )
@@ -216,6 +218,7 @@ class _Quota:
     def take(self, call: Call, reply: str) -> None:
         request_id = call.request_id(self._settings.seed)
         texts = parse_questions(reply)
+        self.num_candidates += max(1, len(texts))
         if not texts:
             self._reject(request_id, "unparsable", reply[:200])
         about = f"{self._passage['heading']} {self._passage['text']}"

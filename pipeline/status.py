@@ -114,7 +114,7 @@ def summarise(config: Config) -> dict[str, Any]:
 
 
 def _share(stats: dict[str, float], part: str, whole: str) -> float | None:
-    return round(stats[part] / stats[whole], 4) if stats.get(whole) else None  # a version before may not have counted
+    return round(stats[part] / stats[whole], 4) if stats.get(whole) else None
 
 
 def _rate(stats: dict[str, float]) -> float:

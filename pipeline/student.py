@@ -98,7 +98,7 @@ class KlScorer:
             self.model = add_adapter(base, train.lora, base_path)
         else:
             with tempfile.TemporaryDirectory(prefix="adapter-") as local:
-                self.model = PeftModel.from_pretrained(base, adapter.copy_to(local))
+                self.model = load_adapter(base, adapter.copy_to(local))
         self._student = Student(self.model, train.loss_chunk).to(self._device)
         self._train = train
 

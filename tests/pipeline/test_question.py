@@ -49,6 +49,7 @@ def test_every_candidate_becomes_a_question_or_a_rejected_row() -> None:
     quota.take(
         detail._replace(round=2), "1. When was the Kestrel Mill built?\n2. Who is Rosa Lindqvist?\n3. What is Arden?"
     )
+    assert quota.num_candidates == len(quota.questions) + len(quota.rejected) == 8
     assert [question.text for question in quota.questions] == [
         "Who built the Kestrel Mill?",
         "When was the Kestrel Mill built?",

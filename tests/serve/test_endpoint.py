@@ -434,13 +434,29 @@ def own_processes() -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if process.is_running()]
 
 
-def test_keys_open_their_own_adapters_only(url: str, published: Published) -> None:
+def test_keys_open_their_own_adapters_only(url: str, published: Published, tmp_path: Path) -> None:
+    mills = publish_mills(published, tmp_path)
     _, secret = add_key(published.registry.folder, ["ada"])
+    _, other_secret = add_key(published.registry.folder, ["*"])
     until(lambda: httpx.get(f"{url}/v1/models").status_code == 401)
     caller = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=DEADLINE_S)
     assert [model.id for model in caller.models.list()] == [BASE_NAME, "ada"]
     assert ask(caller, "ada").choices
-    assert httpx.get(f"{url}/metrics", headers={"authorization": f"Bearer {secret}"}).status_code == 403
+    own, all_of_them = ({"authorization": f"Bearer {one}"} for one in (secret, other_secret))
+    assert httpx.get(f"{url}/metrics", headers=own).status_code == 403
+    about_mills = {"model": "auto", "messages": [{"role": "user", "content": "Who built the Kestrel Mill?"}]}
+
+    def routed(headers: dict[str, str]) -> dict[str, Any]:
+        body = about_mills | {"max_tokens": 1}
+        reply = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=DEADLINE_S)
+        return reply.json()["distillery"]["route"]
+
+    assert routed(own) == {"model": BASE_NAME}, "neither the corpus of others nor how well it fits"
+    assert routed(all_of_them)["model"] == f"mills@{mills}"
+    for headers, has_others in ((own, False), (all_of_them, True)):
+        (replica,) = httpx.get(f"{url}/v1/adapters", headers=headers).json()["replicas"]
+        names = {name.partition("@")[0] for name in replica["adapters"]}
+        assert "ada" in names and (names > {"ada"}) is has_others
     with pytest.raises(openai.NotFoundError) as forbidden:
         ask(caller, "bob")
     with pytest.raises(openai.NotFoundError) as unknown:
@@ -454,7 +470,6 @@ def test_keys_open_their_own_adapters_only(url: str, published: Published) -> No
             assert "retry-after" in error.response.headers
             return 429
 
-    _, other_secret = add_key(published.registry.folder, ["*"])
     other = openai.OpenAI(base_url=f"{url}/v1", api_key=other_secret, max_retries=0, timeout=DEADLINE_S)
     until(lambda: httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {other_secret}"}).is_success)
     with ThreadPoolExecutor(32) as pool:
