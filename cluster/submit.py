@@ -41,18 +41,28 @@ def submit(
 
     `arguments` are further ones of `python -m pipeline run`.
 
-    Raises ValueError if there is no such cluster, if it cannot be reached any more, and for paths that stay behind.
+    Raises ValueError if there is no such cluster, if it cannot be reached any more, for paths that stay behind, and if
+    another job is at work on the run directory: two would undo each other.
     """
     path = Path(config).resolve()
     if not path.is_relative_to(CODE) or path.relative_to(CODE).parts[0] in NOT_CODE:
         raise ValueError(
             f"{config} does not travel to the cluster: only what is in {CODE}, without {', '.join(NOT_CODE)}; move it"
         )
-    refuse_relative_paths(read_settings(path, overrides))
-    client = connect(address)
+    settings = read_settings(path, overrides)
+    refuse_relative_paths(settings)
+    client, run_dir = connect(address), settings["run_dir"]
+    for other in client.list_jobs():
+        if (other.metadata or {}).get("run_dir") == run_dir and not other.status.is_terminal():
+            raise ValueError(
+                f"job {other.submission_id} is at work on run_dir = {run_dir!r}; ray job logs --follow "
+                f"{other.submission_id} shows it, ray job stop {other.submission_id} stops it"
+            )
     command = ["python", "-m", "pipeline", "run", str(path.relative_to(CODE)), *arguments, *overrides]
     job = client.submit_job(
-        entrypoint=shlex.join(command), runtime_env={"working_dir": str(CODE), "excludes": NOT_CODE}
+        entrypoint=shlex.join(command),
+        runtime_env={"working_dir": str(CODE), "excludes": NOT_CODE},
+        metadata={"run_dir": run_dir},
     )
     print(f"job {job}: ray job logs --follow {job}", file=sys.stderr)
     try:

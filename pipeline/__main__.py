@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from pipeline.config import Config, load_configs
 
 STAGES = ("read", "chunk", "write", "filter", "train", "evaluate", "report", "publish")
 PARTS = ("question", "answer", "general")  # of write
+MOST_HELD = 256  # run directories, against a second process: each is an open file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +68,7 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     from pipeline.base_model import load_base_model
     from pipeline.resources import demands, refuse_small_machine
     from pipeline.stage import attempt, ray_session
+    from pipeline.store import Folder
 
     first = next(iter(configs.values()))
     base = load_base_model(first.model.path)
@@ -75,8 +78,10 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     if command in ("run", "plan", "evaluate"):
         heavy = {"write", "train"}
     refuse_small_machine(first.cluster, [each for each in demands(first) if each.stage in heavy])
-    results = {name: attempt(partial(_prepare, config, command)) for name, config in configs.items()}
-    with ray_session():
+    with contextlib.ExitStack() as held, ray_session():
+        for config in islice(configs.values(), MOST_HELD):
+            held.enter_context(Folder(config.run_dir).hold())
+        results = {name: attempt(partial(_prepare, config, command)) for name, config in configs.items()}
         for stage in STAGES if command == "run" else (command,):
             left = [name for name, result in results.items() if not isinstance(result, ValueError)]
             if left:

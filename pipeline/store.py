@@ -15,6 +15,7 @@ a killed run redoes the units without a JSON file and touches no other.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -106,6 +107,28 @@ class Folder:
         if self.read_bytes(name) != b"check":
             raise OSError("it does not give back what was written")
         self.delete_file(name)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the folder for the block or until this process dies; ValueError if another one holds it.
+
+        Buckets cannot be held, nor every network disk, nor what cannot be written: there nothing is checked.
+        """
+        filesystem, path = open_uri(self.uri)
+        with contextlib.ExitStack() as held:
+            if isinstance(filesystem, pafs.LocalFileSystem):
+                try:
+                    filesystem.create_dir(path)
+                    folder = os.open(path, os.O_RDONLY)
+                    held.callback(os.close, folder)
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(
+                        f"{self} is being worked on by another process; wait until it ends, or stop it"
+                    ) from None
+                except OSError:
+                    pass
+            yield
 
     @_again
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:

@@ -7,6 +7,7 @@ import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -262,6 +263,11 @@ def test_a_job_gets_the_arguments_and_outlives_its_log(
     client = Mock()
     client.submit_job.return_value = "job-1"
     client.get_job_info.return_value.status = JobStatus.SUCCEEDED
+    earlier = [(status, {"run_dir": "s3://bucket/run"}) for status in (JobStatus.STOPPED, JobStatus.FAILED)]
+    earlier += [(JobStatus.RUNNING, {"run_dir": "s3://bucket/other"}), (JobStatus.PENDING, None)]
+    client.list_jobs.return_value = [
+        SimpleNamespace(submission_id="job-0", status=status, metadata=metadata) for status, metadata in earlier
+    ]
     monkeypatch.setattr("cluster.submit.CODE", tmp_path)
     monkeypatch.setattr("cluster.submit.connect", lambda _: client)
     monkeypatch.setattr("cluster.submit._follow", AsyncMock(side_effect=KeyboardInterrupt if interrupted else None))
@@ -270,6 +276,9 @@ def test_a_job_gets_the_arguments_and_outlives_its_log(
         ["python", "-m", "pipeline", "run", "corpus.toml", "--redo", "--force", "a test", "train.epochs=1"]
     )
     client.stop_job.assert_not_called()
+    client.list_jobs.return_value[0].status = JobStatus.RUNNING
+    with pytest.raises(ValueError, match=r"job job-0 is at work on run_dir = 's3://bucket/run'; .* ray job stop job-0"):
+        submit(str(config), [], [], None)
 
 
 def test_memory_stays_with_a_process_that_computes_on_a_cpu() -> None:

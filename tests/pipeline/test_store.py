@@ -2,6 +2,8 @@
 
 import errno
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from pipeline import store
 from pipeline.schema import DOCUMENT, Document, Rejected, to_table
 from pipeline.store import FORMAT, Folder, Stage, check_table, open_uri
+from tests.conftest import ROOT
 
 
 def table(*names: str) -> pa.Table:
@@ -37,6 +40,29 @@ def test_files_in_folders(folder: Folder) -> None:
     assert folder.list() == []
     folder.delete()
     assert (folder / "below").list() == []
+
+
+def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path / "run"))
+    code = (
+        "import sys; from pipeline.store import Folder\n"
+        "with Folder(sys.argv[1]).hold(): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, run.uri], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout and other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="run is being worked on by another process"), run.hold():
+            pass
+        other.kill()
+        other.wait()
+        with run.hold():
+            pass
+
+
+def test_what_cannot_be_held_is_not_refused(folder: Folder) -> None:
+    with (folder / "run").hold(), Folder("/dev/null/run").hold():
+        assert folder.list() == []
 
 
 def test_parameters_stay_at_the_end_of_a_uri() -> None:
