@@ -3,10 +3,10 @@
     python -m benchmarks.update CONFIG [KEY=VALUE ...] --data FILE.jsonl [--passages N --changed M --name NAME]
 
 In: an evaluation set (rows with `id`, `doc_id`, `context`, `question` and `answers`). The line runs on one file for
-each of its first passages; then the first few files get the text of other passages, and it runs again with the first
-run as `update.previous_run`. Compared are tokens written and trained, seconds, and the scores on questions about
-changed and unchanged passages, and about the text that is gone. What limits it: general answers in every epoch, the old
-answers among the new (`update.replay_share`), and start-up, which is in the seconds.
+each of its first passages; then the first few files get the text of other passages, from all over the rest of the set,
+and it runs again with the first run as `update.previous_run`. Compared are tokens written and trained, seconds, and the
+scores on questions about changed and unchanged passages, and about the text that is gone. What limits it: general
+answers in every epoch, the old answers among the new (`update.replay_share`), and start-up, which is in the seconds.
 """
 
 import json
@@ -34,10 +34,11 @@ def main() -> int:
     parser.add_argument("--changed", type=int, default=5)
     options = parser.parse_intermixed_args()
     run_dir = Path(load_config(options.config, options.overrides).run_dir)
-    rows = list(read_set(options.data).items())[: options.passages + options.changed]
+    rows = list(read_set(options.data).items())
     if len(rows) < options.passages + options.changed:
         sys.exit(f"{options.data} has {len(rows)} passages; lower --passages or --changed")
-    before, spare = dict(rows[: options.passages]), rows[options.passages :]
+    before, rest = dict(rows[: options.passages]), rows[options.passages :]
+    spare = [rest[number * len(rest) // options.changed] for number in range(options.changed)]
     changed = {name: asked for name, (_, asked) in zip(before, spare, strict=False)}
     first = [*options.overrides, *write_corpus(run_dir / "data", before), "evaluate.baselines=[]"]
     run_pipeline("run", options.config, *first, "--force", "measured")
@@ -99,7 +100,9 @@ def score(run_dir: Path, new: set[str]) -> dict[str, dict[str, Any]]:
         groups["changed" if line["id"] in new else "unchanged"].append(line)
     arms = ("closed_book", "previous", "adapter", "gold_passage")
     return {
-        name: {"questions": len(group)} | {arm: mean(line[arm]["substring_match"] for line in group) for arm in arms}
+        name: {"questions": len(group)}
+        | {arm: mean(line[arm]["substring_match"] for line in group) for arm in arms}
+        | {"token_f1": {arm: mean(line[arm]["token_f1"] for line in group) for arm in arms}}
         for name, group in groups.items()
     }
 
