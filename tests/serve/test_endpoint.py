@@ -444,7 +444,7 @@ def test_keys_open_their_own_adapters_only(url: str, published: Published, tmp_p
     assert ask(caller, "ada").choices
     own, all_of_them = ({"authorization": f"Bearer {one}"} for one in (secret, other_secret))
     assert httpx.get(f"{url}/metrics", headers=own).status_code == 403
-    about_mills = {"model": "auto", "messages": [{"role": "user", "content": "Who built the Kestrel Mill?"}]}
+    about_mills = {"model": "auto", "messages": [{"role": "user", "content": "Kestrel Mill, River Arden"}]}
 
     def routed(headers: dict[str, str]) -> dict[str, Any]:
         body = about_mills | {"max_tokens": 1}
