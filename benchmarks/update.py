@@ -66,6 +66,9 @@ def main() -> int:
     print(f"{'substring match':18} {'questions':>10} {'before':>10} {'after':>10} {'gold passage':>13}")
     for name, of in scores.items():
         print(f"{name:18} {of['questions']:10} {of['previous']:10.3f} {of['adapter']:10.3f} {of['gold_passage']:13.3f}")
+    print(f"{'KL to the teacher':18} {'closed book':>10} {'before':>10} {'after':>10}")
+    for name, of in scores.items():
+        print(f"{name:18}", *(f"{value:10.3f}" for value in of["kl_to_teacher"].values()))
     save(
         options.name,
         {
@@ -93,7 +96,7 @@ def cost(config: str, overrides: list[str]) -> dict[str, float]:
 
 
 def score(run_dir: Path, new: set[str]) -> dict[str, dict[str, Any]]:
-    """Return the means over the questions about changed and about unchanged passages."""
+    """Return the means over the questions about changed and about unchanged passages: substring match, and KL."""
     lines = [json.loads(line) for line in (run_dir / "evaluate" / "answers.jsonl").read_bytes().splitlines()]
     groups: dict[str, list[dict[str, Any]]] = {"changed": [], "unchanged": []}
     for line in lines:
@@ -102,7 +105,7 @@ def score(run_dir: Path, new: set[str]) -> dict[str, dict[str, Any]]:
     return {
         name: {"questions": len(group)}
         | {arm: mean(line[arm]["substring_match"] for line in group) for arm in arms}
-        | {"token_f1": {arm: mean(line[arm]["token_f1"] for line in group) for arm in arms}}
+        | {"kl_to_teacher": {arm: mean(line[arm]["kl_to_teacher"] for line in group) for arm in arms[:-1]}}
         for name, group in groups.items()
     }
 
@@ -117,6 +120,10 @@ def make_claims(costs: list[dict[str, float]], scores: dict[str, dict[str, Any]]
     def of(name: str) -> float:
         return round(costs[1][name] / costs[0][name], 4)
 
+    def nearer(group: dict[str, Any]) -> float:
+        kl = group["kl_to_teacher"]
+        return 1 - kl["adapter"] / kl["closed_book"]
+
     kept = scores["unchanged"]
     new, old = gap(scores["changed"]), gap(kept) or 0.0
     return [
@@ -126,6 +133,7 @@ def make_claims(costs: list[dict[str, float]], scores: dict[str, dict[str, Any]]
         claim(
             "gap_closed_on_changed_over_unchanged", round(new / old, 3) if new is not None and old > 0 else None, 0.8
         ),
+        claim("kl_closed_on_changed_over_unchanged", round(nearer(scores["changed"]) / nearer(kept), 3), 0.8),
     ]
 
 

@@ -141,15 +141,15 @@ def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
 def _close(task: Task, replies: Replies, measured: dict[str, Any], seconds: float) -> dict[str, Any]:
     report: dict[str, Any] = {"scores": {}, "questions": len(task.questions)}
     if task.questions:
-        report |= _score(task.config, replies, task.stage)
+        report |= _score(task.config, replies, task.stage, measured["kl_to_teacher"])
     lost = _lost(replies, task.unrelated, task.config.evaluate)
     lost |= {"kl_to_base": measured["kl_to_base"].get("adapter"), "prompts": measured.pop("general_prompts")}
     kl = compare_kl(measured.pop("kl_to_teacher"), measured.pop("answer_tokens"), task.config.evaluate)
     return task.stage.close(seconds, report | measured | kl | {"lost": lost, "stats": replies.stats})
 
 
-def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
-    """Score the arms and write down every reply."""
+def _score(config: Config, replies: Replies, stage: Stage, kl: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Score the arms and write down every reply; `kl` has each question's, [questions], to the gold passage's arm."""
     points = score_replies(replies)
     metric = "substring_match" if config.evaluate.questions else "token_f1"
     report = make_report(points, metric, config.evaluate) | {
@@ -164,7 +164,7 @@ def _score(config: Config, replies: Replies, stage: Stage) -> dict[str, Any]:
     }
     for arm, grades in replies.grades.items():
         report["scores"][arm]["judge_unparsable"] = grades.count(None)
-    _write_answers(config, stage, replies, points, metric)
+    _write_answers(config, stage, replies, points, metric, kl)
     return report
 
 
@@ -219,7 +219,9 @@ def _before_and_after(points: dict[str, list[float]], settings: Evaluate) -> dic
     }
 
 
-def _write_answers(config: Config, stage: Stage, replies: Replies, points: Points, metric: str) -> None:
+def _write_answers(
+    config: Config, stage: Stage, replies: Replies, points: Points, metric: str, kl: dict[str, np.ndarray]
+) -> None:
     wrong = {
         q.passage_id for q, point in zip(replies.questions, points["adapter"][metric], strict=True) if point < RIGHT
     }
@@ -230,6 +232,8 @@ def _write_answers(config: Config, stage: Stage, replies: Replies, points: Point
         for arm, said in replies.arms.items():
             line[arm] = {"reply": said[number].text, "confidence": said[number].confidence}
             line[arm] |= {name: values[number] for name, values in points[arm].items()}
+            if arm in kl:
+                line[arm]["kl_to_teacher"] = float(kl[arm][number])
         if points["adapter"][metric][number] < RIGHT:
             line["lineage"] = _nearest(question.question, taught.get(question.passage_id, []))
         lines.append(json.dumps(line, ensure_ascii=False))

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.arms import Replies, Reply
@@ -82,11 +83,13 @@ def test_what_the_model_asked_itself_is_scored_by_token_f1(config: Config) -> No
     arms = {"closed_book": wrong, "adapter": [right[0], *wrong[1:]], "gold_passage": right}
     replies = Replies(asked, arms, ANSWER.empty_table(), {}, {}, {}, {}, {})
     stage = Stage(config.run_dir, "evaluate", ANSWER)
-    report = _score(config, replies, stage)
+    report = _score(config, replies, stage, {"adapter": np.arange(4.0)})
     assert (report["metric"], report["questions_from"]) == ("token_f1", "generated")
     assert report["scores"]["adapter"]["token_f1"] == 0.25 and report["trained_on"] == 0
     lines = [json.loads(line) for line in stage.folder.read_bytes("answers.jsonl").splitlines()]
     assert ["lineage" in line for line in lines] == [False, True, True, True]
+    assert [line["adapter"]["kl_to_teacher"] for line in lines] == [0, 1, 2, 3]
+    assert "kl_to_teacher" not in lines[0]["gold_passage"]
 
 
 def test_questions_that_nearly_repeat_an_asked_one_are_not_trained_on(config: Config, tmp_path: Path) -> None:
