@@ -78,6 +78,11 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     if command in ("run", "plan", "evaluate"):
         heavy = {"write", "train"}
     refuse_small_machine(first.cluster, [each for each in demands(first) if each.stage in heavy])
+    if command in ("run", "evaluate") and (judge := first.evaluate.judge) and judge.model:
+        from pipeline.arms import grade_remotely, judge_key
+        from pipeline.prompts import judge_chat
+
+        grade_remotely(judge, [judge_chat("Who designed the bridge?", ["Ida Voss"], "Ida Voss did.")], judge_key())
     with contextlib.ExitStack() as held, ray_session():
         for config in islice(configs.values(), MOST_HELD):
             held.enter_context(Folder(config.run_dir).hold())
@@ -108,11 +113,6 @@ def _prepare(config: Config, command: str) -> None:
     judge = config.evaluate.judge
     if judge and judge.model and not judge.url and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("evaluate.judge.model needs OPENAI_API_KEY in the environment, or evaluate.judge.url; set one")
-    if judge and judge.model and command in ("run", "evaluate"):
-        from pipeline.arms import api_key, grade_remotely
-        from pipeline.prompts import judge_chat
-
-        grade_remotely(judge, [judge_chat("Who designed the bridge?", ["Ida Voss"], "Ida Voss did.")], api_key())
     refuse_long_contexts(config)
     if config.train.lora.target_modules != "all-linear":
         refuse_unknown_layers(config.model.path, config.train.lora.target_modules)

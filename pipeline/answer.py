@@ -17,7 +17,7 @@ from pipeline.previous import PreviousRun
 from pipeline.prompts import prompts_digest, student_chat, teacher_chat
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
 from pipeline.stage import Job
-from pipeline.store import Stage, Unit
+from pipeline.store import Stage, Unit, settings_digest
 
 
 def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
@@ -29,7 +29,7 @@ def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
             "max_model_len": config.model.max_model_len,
             "model": base.identity(),
             "prompts": prompts_digest(),
-            "input": questions.settings_digest,
+            "input": settings_digest(questions.settings),
         },
         questions.units,
         AnswerWriter,

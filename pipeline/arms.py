@@ -172,7 +172,7 @@ def _confidence(logprobs: np.ndarray) -> float:
     return float(np.exp(logprobs.mean())) if len(logprobs) else 0.0
 
 
-def api_key() -> str:
+def judge_key() -> str:
     """Return the key for a judge at an endpoint that stands in this process's environment."""
     return os.environ.get("OPENAI_API_KEY", "none")
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.arms import Replies, Task, api_key, ask_all, general_questions, search_all
+from pipeline.arms import Replies, Task, ask_all, general_questions, judge_key, search_all
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Evaluate, Update
 from pipeline.held_out import (
@@ -95,7 +95,7 @@ def _ask_and_measure(tasks: dict[int, Task], base_path: str) -> Iterator[tuple[i
     engine, worker = engine_options(config.cluster), worker_options(config.cluster)
     search, ask, measure = alone(search_all, worker), alone(ask_all, engine), alone(_measure_all, worker)
     engines = config.cluster.num_engines
-    key = api_key()  # the driver's: nodes have an environment of their own
+    key = judge_key()  # the driver's: nodes have an environment of their own
 
     def submit(group: list[int]) -> list[Any]:
         asked: Any = [tasks[number] for number in group]
@@ -128,7 +128,7 @@ def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
         "input": trained["data_digest"],
         "general": general.require()["data_digest"],
     }
-    if previous := previous_version(config, base, trained["data_digest"], stage):
+    if previous := previous_version(config, base, trained["data_digest"]):
         adapters["previous"] = previous
         settings["previous"] = previous.name
     if not stage.open(settings, redo):

@@ -101,7 +101,7 @@ def scale_up(config: Config, measured: Measured, num_engines: int) -> dict[str, 
     by_model = config.filter.min_initial_kl is not None
     seconds["filter"] = kept["seconds"] * (scale / config.cluster.num_workers if by_model else 1)
     training = trained["seconds"] + trained["training"]["seconds"] * (trained_times - 1)
-    seconds |= dict.fromkeys(("train", *(f"baseline-{name}" for name in config.evaluate.baselines)), training)
+    seconds |= dict.fromkeys(_trained_stages(config), training)
     # The evaluation starts an engine once more and, to measure, what training starts.
     starts = sum(done["seconds"] - busy[name] for name, done in written.items())
     starts += trained["seconds"] - trained["training"]["seconds"]
@@ -125,6 +125,10 @@ def scale_up(config: Config, measured: Measured, num_engines: int) -> dict[str, 
     }
 
 
+def _trained_stages(config: Config) -> list[str]:
+    return ["train", *(f"baseline-{name}" for name in config.evaluate.baselines)]
+
+
 def reply_seconds(config: Config, written: dict[str, Any], num_questions: float) -> float:
     """Estimate what the engine takes for the evaluation's replies."""
     settings = config.evaluate
@@ -145,7 +149,7 @@ def reply_seconds(config: Config, written: dict[str, Any], num_questions: float)
 def price(config: Config, seconds: dict[str, float], num_engines: int) -> dict[str, float]:
     """Return the hours of the cluster and of the GPUs at work, and the cost of the former."""
     cluster, hours = config.cluster, sum(seconds.values()) / 3600
-    trained = ["train", *(f"baseline-{name}" for name in config.evaluate.baselines)]
+    trained = _trained_stages(config)
     if config.filter.min_initial_kl is not None:
         trained.append("filter")
     gpus: dict[str, float] = dict.fromkeys(trained, cluster.num_workers * cluster.worker_gpus)

@@ -125,8 +125,7 @@ _DENSE = re.compile(rf"[{UNSPACED}\ua000-\uf8ff]")  # these and syllabic scripts
 _BETWEEN_SPACES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _WORD = regex.compile(r"[\w\p{M}]+")  # with the vowel signs of Indic scripts, which are no letters to Python
 _QUESTION_END = regex.compile(r"(?:[?\uff1f\u061f\u037e]|\p{Greek}\s?;)$")
-# Inside a sentence.
-_NUMBER_INSIDE = regex.compile(r"(?<=[^.?!:]\s)[\"'(\u201e\u201c]?(\d[\d.,]*\d|\d)")
+# A name or a number inside a sentence.
 _NAME_INSIDE = regex.compile(r"(?<=[^.?!:]\s)[\"'(\u201e\u201c]?(\p{Lu}\w+|\d[\d.,]*\d|\d)")
 _GERMAN = frozenset("der die das und ist nicht ein eine von mit den dem des auf wird".split())  # noqa: SIM905
 _MOST_TOLD = 6  # words that an answer gives to its question; a sentence recited has more
@@ -360,7 +359,9 @@ def is_standalone(question: str, passage: str) -> bool:
 def is_about(question: str, passage: str) -> bool:
     """True if the question stays with the passage: no name or number that the passage lacks, and mostly its words."""
     source = passage.lower()
-    names = (_NUMBER_INSIDE if _is_german(passage) else _NAME_INSIDE).findall(question)
+    names = _NAME_INSIDE.findall(question)
+    if _is_german(passage):
+        names = [name for name in names if name[0].isdigit()]
     words = content_words(question)
     return all(name.lower() in source for name in names) and 2 * len(_known_words(words, passage)) >= len(words)
 

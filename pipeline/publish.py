@@ -25,9 +25,8 @@ from typing import Any
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
 from pipeline.previous import adapter_of
-from pipeline.schema import ANSWER, PASSAGE, AdapterManifest, Probe, digest
-from pipeline.status import require_evaluation
-from pipeline.store import Folder, Stage
+from pipeline.schema import PASSAGE, AdapterManifest, Probe, digest
+from pipeline.store import Folder, Stage, require_line
 
 ALIAS = "live.json"
 MANIFEST = "manifest.json"
@@ -41,11 +40,10 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     Raises ValueError if the adapter is below a threshold of `publish.gate`, unless `force` says why it is to be
     published all the same; who forced it, why and past what then stands in the manifest.
     """
-    trained = Stage(config.run_dir, "train", ANSWER).require()
-    evaluated = require_evaluation(config)
+    line = require_line(config.run_dir, "evaluate")
+    trained, evaluated = line["train"], line["evaluate"]
     failed = check_gate(evaluated, config.publish.gate)
-    stage = Stage(config.run_dir, "evaluate", ANSWER)
-    previous = previous_version(config, base, trained["data_digest"], stage)
+    previous = previous_version(config, base, trained["data_digest"])
     was, now = evaluated["settings"].get("previous"), previous and previous.name
     if config.publish.gate.max_previous_loss is not None and was != now:
         failed.append(
@@ -139,7 +137,7 @@ def check_gate(evaluated: dict[str, Any], gate: Gate) -> list[str]:
     return failed
 
 
-def previous_version(config: Config, base: BaseModel, run_id: str, stage: Stage) -> Folder | None:
+def previous_version(config: Config, base: BaseModel, run_id: str) -> Folder | None:
     """Return the version that clients have, if it is of this base model, to compare the run's adapter with.
 
     A run whose adapter was published already stays compared with what its evaluation was begun with.
@@ -150,7 +148,8 @@ def previous_version(config: Config, base: BaseModel, run_id: str, stage: Stage)
     manifests = {version: (adapters / version).read_json(MANIFEST) or {} for version in known}
     version = alias.get("version")
     if run_id in (manifest.get("run_id") for manifest in manifests.values()):
-        version = (stage.folder.read_json("settings.json") or {}).get("previous")
+        begun = (Folder(config.run_dir) / "evaluate").read_json("settings.json")
+        version = (begun or {}).get("previous")
     is_ours = version in manifests and manifests[version].get("base_revision") == base.revision
     return adapters / version if version and is_ours else None
 

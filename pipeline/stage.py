@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pipeline.config import Cluster
 from pipeline.resources import cluster_address, this_machine
-from pipeline.store import PROGRESS_S, Stage, Unit, settings_digest
+from pipeline.store import PROGRESS_S, Stage, Unit
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +101,6 @@ class Job:
     worker: type[Worker]
     arguments: dict[str, Any]
     max_reject_share: float = 1.0  # of its rows; a stage that rejects more fails
-
-    @property
-    def settings_digest(self) -> str:
-        """What a stage that reads this one's rows depends on; known before there are any."""
-        return settings_digest(self.settings)
 
 
 @dataclass(frozen=True)

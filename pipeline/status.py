@@ -66,16 +66,15 @@ def read_status(config: Config) -> dict[str, Any]:
     return {"run_dir": str(Folder(config.run_dir)), "stages": stages}
 
 
-def require_evaluation(config: Config) -> dict[str, Any]:
-    """Return the manifest of the evaluation; ValueError if it, the adapter and the rows do not belong together."""
-    return require_line(config.run_dir, "evaluate")["evaluate"]
-
-
 def summarise(config: Config) -> dict[str, Any]:
     """Return the figures of a complete run that people compare."""
     manifests = {name: stage.require() for name, stage in stages_of(config).items()}
     question, answer, kept = manifests["question"], manifests["answer"], manifests["filter"]
-    stats, training, evaluation = answer["stats"], manifests["train"]["training"], require_evaluation(config)
+    stats, training, evaluation = (
+        answer["stats"],
+        manifests["train"]["training"],
+        require_line(config.run_dir, "evaluate")["evaluate"],
+    )
     scores = evaluation.get("scores", {})
     answer_tokens = max(1, stats["answer_tokens"])
     rejected: dict[str, dict[str, int]] = {n: m["rejected"] for n, m in manifests.items() if m["rejected"]}

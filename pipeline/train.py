@@ -43,8 +43,7 @@ def train_adapters(configs: list[Config], base: BaseModel, redo: bool = False, n
 
 def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dict[str, Any]:
     """Return the stage if it is to be trained, or its manifest; it needs complete filter and general stages."""
-    line, general = require_line(config.run_dir, "filter"), Stage(config.run_dir, "general", ANSWER).require()
-    check_manifest(general, base)
+    line, general = require_line(config.run_dir, "filter"), _require_answers(config, "general", base)
     stage = Stage(config.run_dir, name, ANSWER)
     settings = {
         "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk", "zero_stage"}),
@@ -86,12 +85,17 @@ def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
     return trains
 
 
+def _require_answers(config: Config, name: str, base: BaseModel) -> dict[str, Any]:
+    """Return the manifest of a stage that this base model wrote; else ValueError."""
+    manifest = Stage(config.run_dir, name, ANSWER).require()
+    check_manifest(manifest, base)
+    return manifest
+
+
 def _reading_settings(config: Config, base: BaseModel) -> dict[str, Any]:
     if not config.reading.per_passage:
         return {}
-    reading = Stage(config.run_dir, READING, ANSWER).require()
-    check_manifest(reading, base)
-    return {"reading": [config.reading.share, reading["data_digest"]]}
+    return {"reading": [config.reading.share, _require_answers(config, READING, base)["data_digest"]]}
 
 
 def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:
@@ -100,11 +104,7 @@ def _update_settings(config: Config, base: BaseModel) -> dict[str, Any]:
     if update.previous_run is None:
         return {}
     previous_settings(config, base)
-    forgotten = None
-    if update.forget_removed:
-        answers = Stage(config.run_dir, FORGOTTEN, ANSWER).require()
-        check_manifest(answers, base)
-        forgotten = answers["data_digest"]
+    forgotten = _require_answers(config, FORGOTTEN, base)["data_digest"] if update.forget_removed else None
     adapter = adapter_digest(update.previous_run)
     return {"update": {"adapter": adapter, "replay_share": update.replay_share, "forgotten": forgotten}}
 

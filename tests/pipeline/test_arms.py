@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,13 +11,13 @@ from threading import Thread
 import pytest
 
 from pipeline import held_out
-from pipeline.__main__ import _prepare
+from pipeline.__main__ import main
 from pipeline.arms import Replies, Reply, grade_remotely
 from pipeline.config import Judge
 from pipeline.evaluate import score_replies
 from pipeline.prompts import judge_chat, parse_grade
 from pipeline.schema import ANSWER
-from tests.conftest import make_config
+from tests.conftest import ROOT
 
 
 class Grader(BaseHTTPRequestHandler):
@@ -64,10 +65,23 @@ def test_a_judge_at_an_endpoint_grades_in_the_order_of_the_replies() -> None:
     assert list(map(parse_grade, graded)) == [True, False, None, True] * 5
 
 
-def test_a_judge_that_refuses_our_key_is_named_before_anything_is_written(tmp_path: Path) -> None:
-    with endpoint(Refusal) as judge, pytest.raises(ValueError, match=r"evaluate\.judge: 'grader' does not grade .*401"):
-        _prepare(make_config(str(tmp_path / "run"), evaluate={"judge": judge.model_dump()}), "run")
-    assert list(tmp_path.iterdir()) == []
+def test_a_judge_that_refuses_our_key_is_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "corpus.toml"
+    with endpoint(Refusal) as judge:
+        config.write_text(
+            f"""
+            run_dir = "{tmp_path}/run"
+            model.path = "{ROOT}/.models/smollm2-135m-instruct"
+            read.paths = ["docs"]
+            publish = {{ registry = "{tmp_path}/registry", name = "a" }}
+            evaluate.judge = {{ model = "grader", url = "{judge.url}" }}
+            """
+        )
+        assert main(["run", str(config)]) == 2
+    assert re.search(r"evaluate\.judge: 'grader' does not grade .*401", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [config]
 
 
 def test_a_grade_that_cannot_be_read_counts_as_wrong() -> None:

@@ -10,8 +10,8 @@ from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
 from pipeline.publish import check_gate, move_alias, previous_version, publish_adapter
 from pipeline.schema import ANSWER
-from pipeline.status import require_evaluation, stages_of
-from pipeline.store import LINE, Folder, Stage, settings_digest
+from pipeline.status import stages_of
+from pipeline.store import LINE, Folder, Stage, require_line, settings_digest
 from tests.conftest import make_config
 
 GOOD: dict[str, Any] = {
@@ -98,14 +98,14 @@ def make_line(tmp_path: Path) -> tuple[Config, dict[str, Stage]]:
 
 def test_the_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> None:
     config, stages = make_line(tmp_path)
-    assert require_evaluation(config)["stage"] == "evaluate"
+    assert require_line(config.run_dir, "evaluate")["evaluate"]["stage"] == "evaluate"
     for changed, later in pairwise(LINE):
         complete(stages, changed, epochs=9)
         with pytest.raises(ValueError, match=f"stage {later} .* was made from other rows than stage {changed}"):
-            require_evaluation(config)
+            require_line(config.run_dir, "evaluate")
         for name in LINE[1:]:
             complete(stages, name)
-        assert require_evaluation(config)["stage"] == "evaluate"
+        assert require_line(config.run_dir, "evaluate")["evaluate"]["stage"] == "evaluate"
 
 
 def test_the_comparison_with_a_version_that_clients_no_longer_have_is_refused(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_an_adapter_is_compared_with_what_clients_have_until_it_is_published(tmp
     stage, adapters = Stage(config.run_dir, "evaluate", ANSWER), Folder(str(tmp_path / "registry")) / "a"
 
     def compared_with() -> str | None:
-        previous = previous_version(config, base, "mine run", stage)
+        previous = previous_version(config, base, "mine run")
         return previous and previous.name
 
     assert compared_with() is None
