@@ -8,7 +8,6 @@ the stages that its setting decides are done again. Stopped, it goes on where it
 there are, and the spread over the seeds, which are those of the first weights and of the order of the samples.
 """
 
-import sys
 from math import nan
 from statistics import mean
 from typing import Any
@@ -20,7 +19,7 @@ from pipeline.config import load_config
 AS_GIVEN = "as given"
 
 
-def main() -> int:
+def main() -> None:
     parser = set_parser(__doc__)
     parser.add_argument(
         "--vary",
@@ -59,7 +58,6 @@ def main() -> int:
             "claims": make_claims(runs),
         },
     )
-    return 0
 
 
 def figures(run: dict[str, Any]) -> dict[str, Any]:
@@ -115,4 +113,4 @@ def make_claims(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -157,7 +157,7 @@ class Disturbance:
         self, cluster: LocalCluster, log: Path, command: list[str], run_dir: str, size: Size, seed: int
     ) -> None:
         self._cluster, self._log, self._command = cluster, log, command
-        self._stages = [Stage(run_dir, name, schema) for name, schema in SCHEMAS.items()]
+        self._stages = {name: Stage(run_dir, name, schema) for name, schema in SCHEMAS.items()}
         self._random = random.Random(seed)
         self._size = size
         self._driver = start(cluster, log, *command)
@@ -178,10 +178,10 @@ class Disturbance:
         until(lambda: self._keep_driver() and self._driver.poll() == 0)
 
     def _count(self) -> int:
-        return sum(len(stage.committed()) for stage in self._stages if stage.name == "answer")
+        return len(self._stages["answer"].committed())
 
     def _note_committed(self) -> None:
-        for stage in self._stages:
+        for stage in self._stages.values():
             for name in stage.committed():
                 if (stage.name, name) not in self._noted:
                     self._noted.add((stage.name, name))

@@ -1,7 +1,7 @@
 """What do many small corpora cost in one job, against a job for each?
 
     python -m benchmarks.corpora                   # 50 corpora of 3 passages in one job; 3 jobs of one, extrapolated
-    python -m benchmarks.corpora --quick           # 3 corpora in one job, one of them empty, and one job of one
+    python -m benchmarks.corpora --quick           # 3 corpora and an empty one in one job, and one job of one
 
 In: nothing; the corpora and a random model of two blocks are made on the spot. Out: seconds of both, and their ratio.
 The model is so small that what is measured is what jobs cost beside the model's own work: starting Ray, engines and
@@ -100,7 +100,7 @@ def measure(num_corpora: int, num_separate: int, with_empty: bool) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three corpora; saves nothing unless named")
+    parser.add_argument("--quick", action="store_true", help="a few corpora; saves nothing unless named")
     parser.add_argument("--name", help="name of the result file")
     options = parser.parse_args()
     result = measure(3, 1, with_empty=True) if options.quick else measure(50, 3, with_empty=False)

@@ -23,7 +23,7 @@ from pipeline.status import stages_of
 REPEATS = 5
 
 
-def main() -> int:
+def main() -> None:
     parser = config_parser(__doc__)
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
@@ -64,7 +64,6 @@ def main() -> int:
             ],
         },
     )
-    return 0
 
 
 def timed(*arguments: str) -> tuple[float, dict[str, Any]]:
@@ -78,4 +77,4 @@ def timed(*arguments: str) -> tuple[float, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

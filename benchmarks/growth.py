@@ -29,7 +29,7 @@ WRITING, TRAINING = ("read", "chunk", "write"), ("filter", "train")
 DONE_AGAIN = {"passages": WRITTEN, "k": ("answer", "general", "filter"), "rank": ("filter",)}
 
 
-def main() -> int:
+def main() -> None:
     parser = config_parser(__doc__)
     parser.add_argument("--k", type=int, nargs="+", default=[8, 20, 64, 256])
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 32, 128, 512])
@@ -71,7 +71,6 @@ def main() -> int:
             ],
         },
     )
-    return 0
 
 
 def measure(config: str, overrides: list[str], axis: str, size: int, change: str) -> dict[str, float]:
@@ -127,4 +126,4 @@ def fit(axis: str, points: list[dict[str, Any]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

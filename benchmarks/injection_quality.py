@@ -11,7 +11,6 @@ writes questions about it, then the questions per passage. No stage that writes 
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from pipeline.config import Config, load_config
 ORDER = ("closed_book", "raw_text", "sft", "adapter")
 
 
-def main() -> int:
+def main() -> None:
     parser = set_parser(__doc__)
     parser.add_argument("--aim", type=float, default=0.7, help="share of the gap that was asked for")
     options = parser.parse_intermixed_args()
@@ -46,7 +45,6 @@ def main() -> int:
             "claims": make_claims(run, options.aim),
         },
     )
-    return 0
 
 
 def make_claims(run: dict[str, Any], aim: float) -> list[dict[str, Any]]:
@@ -125,4 +123,4 @@ def write_questions(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

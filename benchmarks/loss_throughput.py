@@ -1,4 +1,4 @@
-"""What does a training step cost at a large vocabulary, with our loss and with the naive one?
+"""What does our loss cost at a large vocabulary, in time and in memory, against the naive one?
 
     python -m benchmarks.loss_throughput CONFIG [KEY=VALUE ...] [--quick] [--name NAME]
 
@@ -13,6 +13,9 @@ that a `config.json` will do. A step is one micro-batch of `train.micro_rows` fu
 `full` and `naive` get their teacher's hidden states for nothing, so what they differ in is the loss; they must agree on
 its value. What limits the number: the matrix products of the decoder, whose share of a step falls as the vocabulary
 grows; the share is that of the FLOP of the step in what a matrix product of the same dtype reaches on the device.
+
+A last arm, `held`, is the loss of `top_k` without a model, over few and over many chunks of positions: of the logits of
+one chunk more, almost nothing may stay in memory.
 """
 
 import json
@@ -40,23 +43,26 @@ from pipeline.student import Student, add_adapter
 ARMS = ("top_k", "full", "naive")
 VOCABULARIES, RANKS = (49_152, 128_256, 151_936), (16, 64, 256)
 TOP_K, SAMPLE_TOKENS = 20, 64
+HELD_VOCABULARIES, HELD_CHUNK, HELD_WIDTH = (49_152, 196_608), 64, 576
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = getattr(torch, compute_dtype(on_gpu=DEVICE.type == "cuda"))
 
 
-def main() -> int:
+def main() -> None:
     options = parse_options(__doc__, "loss-throughput")
     if options.arm:
         request = json.loads(sys.stdin.read())
-        config = load_config(options.config, [*options.overrides, f"train.lora.rank={request['rank']}"])
-        print(json.dumps(measure(config, options.arm, request["vocabulary"], request["steps"])))
-        return 0
+        config = load_config(options.config, [*options.overrides, *request["overrides"]])
+        work = measure_held if options.arm == "held" else measure
+        print(json.dumps(work(config, request | {"arm": options.arm})))
+        return
     config = load_config(options.config, options.overrides)
     sizes, steps = ([(1024, 8)], 1) if options.quick else (list(product(VOCABULARIES, RANKS)), 5)
+    held_sizes = product(HELD_VOCABULARIES[:1], (2, 4)) if options.quick else product(HELD_VOCABULARIES, (2, 64))
     print("vocabulary  rank   loss  tokens/s      min      max  over model MB  of peak")
     rows = []
     for vocabulary, rank in sizes:
-        request = {"vocabulary": vocabulary, "rank": rank, "steps": steps}
+        request = {"vocabulary": vocabulary, "steps": steps, "overrides": [f"train.lora.rank={rank}"]}
         arms = {arm: run_arm("benchmarks.loss_throughput", options, arm, request) for arm in ARMS}
         assert len({(arm["tokens"], arm["dtype"]) for arm in arms.values()}) == 1, "arms differ in tokens or precision"
         values = [arms[arm]["loss"] for arm in ("full", "naive")]
@@ -69,6 +75,10 @@ def main() -> int:
                 f"{arm['over_model_mb']:14.0f} {arm['share_of_peak']:8.1%}",
                 flush=True,
             )
+    held = [
+        run_arm("benchmarks.loss_throughput", options, "held", {"vocabulary": v, "chunks": n, "overrides": []})
+        for v, n in held_sizes
+    ]
     save(
         options.name,
         {
@@ -77,10 +87,13 @@ def main() -> int:
             **({"gpu": torch.cuda.get_device_name()} if DEVICE.type == "cuda" else {}),
             "settings": {"train": config.train.model_dump(), "steps": steps},
             "rows": rows,
-            "claims": make_claims(rows),
+            "held": held,
+            "claims": [
+                *make_claims(rows),
+                claim("logits_held_beyond_one_chunk", beyond_one_chunk(held), 0.05, at_most=True),
+            ],
         },
     )
-    return 0
 
 
 def make_claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,9 +111,18 @@ def make_claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return claims
 
 
-def measure(config: Config, arm: str, vocabulary: int, steps: int) -> dict[str, Any]:
+def beyond_one_chunk(held: list[dict[str, Any]]) -> float:
+    """Return the share of further chunks' logits that stays in memory, at most over the vocabularies.
+
+    Counted from two chunks on: what one chunk leaves behind until the next is done does not grow with their number.
+    """
+    pairs = zip(held[::2], held[1::2], strict=True)
+    return max(round((many["mb"] - few["mb"]) / (many["logits_mb"] - few["logits_mb"]), 4) for few, many in pairs)
+
+
+def measure(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     """Take some optimiser steps behind one that is warm-up; their speed, memory and share of the device's peak."""
-    train = config.train
+    train, arm, vocabulary = config.train, request["arm"], request["vocabulary"]
     if DEVICE.type == "cpu":
         torch.set_num_threads(config.cluster.worker_cpus)
     torch.manual_seed(train.seed)
@@ -130,7 +152,7 @@ def measure(config: Config, arm: str, vocabulary: int, steps: int) -> dict[str, 
     loaded = memory_mb()
     first_loss = step()
     seconds = []
-    for _ in range(steps):
+    for _ in range(request["steps"]):
         started = time.monotonic()
         step()
         seconds.append(time.monotonic() - started)
@@ -149,6 +171,22 @@ def measure(config: Config, arm: str, vocabulary: int, steps: int) -> dict[str, 
         "matmul_tflop_per_s": round(rate / 1e12, 3),
         "share_of_peak": round(counter.get_total_flops() / float(np.median(seconds)) / rate, 4),
     }
+
+
+def measure_held(config: Config, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the memory of the loss over so many chunks of positions, of a made-up output matrix of this vocabulary."""
+    vocabulary, positions = request["vocabulary"], HELD_CHUNK * request["chunks"]
+    torch.set_num_threads(config.cluster.worker_cpus)
+    torch.manual_seed(0)
+    weight = torch.randn(vocabulary, HELD_WIDTH, dtype=DTYPE, device=DEVICE)
+    hidden = torch.randn(positions, HELD_WIDTH, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    ids = torch.randint(vocabulary, (positions, TOP_K), device=DEVICE)
+    signal = TopK(ids, torch.full(ids.shape, -4.0, device=DEVICE))
+    before = memory_mb()
+    answer_losses(hidden, weight, signal, HELD_CHUNK).sum().backward()
+    logits_mb = positions * vocabulary * 4 / 2**20
+    shape = {"vocabulary": vocabulary, "chunks": request["chunks"]}
+    return shape | {"logits_mb": logits_mb, "mb": round(peak_mb() - before, 1)}
 
 
 def make_batch(rows: int, row_tokens: int, vocabulary: int) -> Packed:
@@ -170,4 +208,4 @@ def naive_loss(hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

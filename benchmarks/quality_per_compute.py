@@ -7,7 +7,6 @@ those of the optimiser steps; writing the data, which both need, and start-up ar
 curves are straight lines. What limits it: how many questions there are, and the spread over the seeds.
 """
 
-import sys
 from itertools import pairwise
 from statistics import mean
 from typing import Any
@@ -21,7 +20,7 @@ from pipeline.config import load_config
 TEACHERS = ("stored", "sft")
 
 
-def main() -> int:
+def main() -> None:
     parser = config_parser(__doc__)
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seeds", type=int, default=2, help="so many seeds of the training")
@@ -47,7 +46,6 @@ def main() -> int:
             "claims": make_claims(curves),
         },
     )
-    return 0
 
 
 def make_claims(curves: dict[str, list[list[dict[str, Any]]]]) -> list[dict[str, Any]]:
@@ -83,4 +81,4 @@ def first_at(height: float, x: list[float], y: list[float]) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,7 +6,6 @@ machine's cores, whatever CPUs they say they have, so nothing here tells how fas
 """
 
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -14,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 DEADLINE_S = 600.0  # for anything at all: the machine may be busy with something else
@@ -36,7 +35,7 @@ class LocalCluster:
         self._nodes: list[subprocess.Popen[bytes]] = []
         self._token = secrets.token_hex(16)
         (folder / "token").write_text(self._token)
-        gcs, dashboard = _free_port(), _free_port()
+        gcs, dashboard = free_port(), free_port()
         self.address, self.url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
         # Jobs call `python`, which is ours.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -61,7 +60,7 @@ class LocalCluster:
         name = f"n{len(self._nodes)}"
         command = [*_RAY, "start", "--block", "--disable-usage-stats", f"--num-cpus={cpus}"]
         command += [f"--object-store-memory={128 << 20}", f"--temp-dir={self._folder / name}"]
-        command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={_free_port()}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
         with (self._folder / f"{name}.log").open("wb") as log:
             self._nodes.append(
                 subprocess.Popen(
@@ -78,7 +77,7 @@ class LocalCluster:
         assert self._nodes[0].poll() is None, f"the head ended:\n{log[-4000:]}"
         try:
             return bool(self.nodes())
-        except OSError:
+        except httpx.HTTPError:
             return False
 
     def nodes(self) -> list[str]:
@@ -88,10 +87,8 @@ class LocalCluster:
 
     def state(self, kind: str) -> list[dict[str, Any]]:
         """Return what the head knows about its "nodes" or "actors", dead ones included."""
-        request = urllib.request.Request(f"{self.url}/api/v0/{kind}?limit=10000&detail=1")
-        request.add_header("Authorization", f"Bearer {self._token}")
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return json.load(reply)["data"]["result"]["result"]
+        url, headers = f"{self.url}/api/v0/{kind}?limit=10000&detail=1", {"Authorization": f"Bearer {self._token}"}
+        return httpx.get(url, headers=headers, timeout=30).raise_for_status().json()["data"]["result"]["result"]
 
     def actor_nodes(self, name: str) -> set[str]:
         """Return the nodes on which actors of a class are or were."""
@@ -166,7 +163,8 @@ def until(condition: Callable[[], Any]) -> Any:
     return value
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

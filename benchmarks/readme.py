@@ -7,18 +7,17 @@ holds that the two agree.
 """
 
 import json
-import sys
 from typing import Any
 
 from benchmarks.record import ROOT
+from pipeline.config import Config
 
 README = ROOT / "benchmarks" / "README.md"
 BEGIN, END = "<!-- measured: python -m benchmarks.readme -->", "<!-- end of measured -->"
 
 
-def main() -> int:
+def main() -> None:
     README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
 
 
 def with_table(readme: str) -> str:
@@ -40,9 +39,15 @@ def table() -> str:
         for claim in result["claims"]:
             met = "met" if claim["met"] else "**not met**"
             figures = f"{_short(claim['value'])} | {_sign(claim)}{_short(claim['aim'])}"
-            lines.append(f"| {name} | {claim['name'].replace('_', ' ')} | {figures} | {met} |")
+            lines.append(f"| {name} | {_words(claim['name'])} | {figures} | {met} |")
             name = ""
     return "\n".join([*lines, ""])
+
+
+def _words(name: str) -> str:
+    """Put spaces for the underscores of a figure's name, but for those of a setting in it."""
+    words = (word if word.partition(".")[0] in Config.model_fields else word.replace("_", " ") for word in name.split())
+    return " ".join(words)
 
 
 def _sign(claim: dict[str, Any]) -> str:
@@ -58,4 +63,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,6 @@ neighbouring passages come from the same articles, so that published and unpubli
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from pipeline.retrieve import PassageIndex
 NOWHERE = ""
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="+")
     parser.add_argument("--corpora", type=int, default=10, help="corpora that each file makes")
@@ -69,7 +68,6 @@ def main() -> int:
         "claims": [claim("accuracy_at_default_threshold", results["at_default"]["accuracy"], 0.8)],
     }
     save("routing", result)
-    return 0
 
 
 def count(chosen: Any, scores: Any, truth: Any, threshold: float, which: Any) -> dict[str, float]:
@@ -84,4 +82,4 @@ def count(chosen: Any, scores: Any, truth: Any, threshold: float, which: Any) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,12 +11,12 @@ bytes. What limits: the CPU, which actors, Ray and driver share; the gain is mea
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -36,7 +36,7 @@ from pipeline.engine import Completion, EngineStats
 from pipeline.question import question_job
 from pipeline.read import read_documents
 from pipeline.schema import ANSWER, PASSAGE
-from pipeline.stage import Actors, only, ray_session, run_stages
+from pipeline.stage import Actors, only, ray_session, run_stages, watching
 from pipeline.store import Stage
 
 SIZES, QUICK_SIZES = (10_000, 100_000, 1_000_000), (500, 2000)
@@ -222,27 +222,15 @@ class Watch:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._turn = 0
         self.peaks: dict[int, Peak] = {}
 
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        turn = 0
-        while not self._stop.wait(SAMPLE_S):
-            turn += 1
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    self._sample(process, turn % 4 == 0)
-                except (psutil.Error, OSError):
-                    continue  # it has ended
+    def look(self) -> None:
+        """Take a sample of each; every fourth with the proportional set size, which takes longer to count."""
+        self._turn += 1
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error, OSError):  # it has ended
+                self._sample(process, self._turn % 4 == 0)
 
     def _sample(self, process: psutil.Process, with_pss: bool) -> None:
         if "--arm" in (called := title(process)):
@@ -296,7 +284,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for size in sizes:
             paths, run_dir = write_corpus(folder / "corpus", size, file_rows), folder / str(size)
             request = {"run_dir": str(run_dir), "paths": paths, "address": cluster.address}
-            with Watch(run_dir) as watch:
+            watch = Watch(run_dir)
+            with watching(watch.look, SAMPLE_S):
                 done = run_arm("benchmarks.scale", options, "line", request)
             runs[str(size)] = done | {"peaks": watch.summary(), "files": count_files(run_dir)}
             print(f"{size}: {json.dumps(runs[str(size)])}", file=sys.stderr)

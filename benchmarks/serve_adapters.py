@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import numpy as np
 import psutil
 
 from benchmarks.random_adapters import publish_random_adapters
+from benchmarks.raylets import free_port
 from benchmarks.record import ROOT, claim, save
 from pipeline.resources import compute_dtype
 from serve.registry import Registry
@@ -42,7 +42,7 @@ RANK = 16
 START_S = 300
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", help="base-model folder")
     parser.add_argument("--adapters", type=int, default=64)
@@ -104,7 +104,6 @@ def main() -> int:
         ],
     }
     save(f"serve-adapters-{Path(options.model).name}", result)
-    return 0
 
 
 def traffic(base: str, names: list[str], requests: int) -> dict[str, list[str]]:
@@ -291,9 +290,7 @@ def bare(registry: str, names: list[str], options: argparse.Namespace) -> Iterat
 
 @contextlib.contextmanager
 def run(command: list[str]) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [*command, f"serve.port={port}"] if "serve" in command else [*command, "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         environment = os.environ | {"RAY_worker_niceness": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -323,4 +320,4 @@ def is_up(url: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,6 @@ What limits the number: the entropy of ids and log-probabilities. Bytes count wh
 shard of few answers pays more for its frame.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +33,6 @@ from pipeline.student import Student, add_adapter, load_base
 
 KS = (20, 64)
 BATCH = 8  # answers of one forward pass
-PEERS = {"cartridges_k20": [160, 240], "doc_to_lora_k16": 96, "distillkit_k50": 114}
 SPLIT = {"topk_logprobs.list.element": "BYTE_STREAM_SPLIT"}
 BOTH = SPLIT | {"topk_ids.list.element": "BYTE_STREAM_SPLIT"}
 DELTA = SPLIT | {"topk_ids.list.element": "DELTA_BINARY_PACKED"}
@@ -57,7 +55,7 @@ WRITERS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> int:
+def main() -> None:
     options = parse_options(__doc__, "store-size")
     config = load_written(options.config, options.overrides)
     repeats, rescored = (2, 8) if options.quick else (5, 96)
@@ -96,7 +94,6 @@ def main() -> int:
             "answer_tokens": count_tokens(stored),
             "rescored_answers": exact.answers.num_rows,
             "settings": {"answer": config.answer.model_dump(), "repeats": repeats, "quick": options.quick},
-            "peers_bytes_per_token": PEERS,
             "store": store,
             "writers": writers,
             "loss_error": errors,
@@ -108,7 +105,6 @@ def main() -> int:
             ],
         },
     )
-    return 0
 
 
 class Exact:
@@ -228,4 +224,4 @@ def topk_bytes(metadata: pq.FileMetaData) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,6 @@ compare.
 """
 
 import json
-import sys
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from benchmarks.record import claim, config_parser, describe_run, run_branch, sa
 from pipeline.config import load_config
 
 
-def main() -> int:
+def main() -> None:
     parser = config_parser(__doc__)
     parser.add_argument("--teachers", nargs="+", default=["stored", "online"])
     options = parser.parse_intermixed_args()
@@ -55,8 +54,7 @@ def main() -> int:
             "claims": claims,
         },
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

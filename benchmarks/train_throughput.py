@@ -22,12 +22,10 @@ says how much.
 import json
 import os
 import resource
-import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +34,12 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.raylets import free_port
 from benchmarks.record import claim, load_written, parse_options, run_arm, save, spread
 from pipeline.base_model import load_base_model
 from pipeline.batch import AnswerData, samples_of
 from pipeline.config import Config
-from pipeline.loss import TopK, answer_losses
-from pipeline.resources import KEEP_MEMORY, compute_dtype
+from pipeline.resources import KEEP_MEMORY
 from pipeline.schema import ANSWER
 from pipeline.store import Stage
 
@@ -49,21 +47,16 @@ OURS, TRL = ("stored", "sft", "online"), ("trl_sft", "trl_gkd")
 ORDER = (*OURS, *TRL, "sft", "stored")  # there and back, so that a machine that slows down does it to both
 AIMS = {"sft": 0.95, "online": 1.0, "trl_sft": 1.0, "trl_gkd": 2.0}
 QUICK = ["train.batch_tokens=256", "train.lora.rank=8"]
-VOCABULARIES, CHUNK, WIDTH = (49_152, 196_608), 64, 576
 
 
-def main() -> int:
+def main() -> None:
     options = parse_options(__doc__, "train-throughput")
     if options.arm:
         request = json.loads(sys.stdin.read())
         config = load_written(options.config, [*options.overrides, *request["overrides"]])
-        work: dict[str, Callable[[Config, dict[str, Any]], dict[str, Any]]] = {
-            **dict.fromkeys(OURS, train_ours),
-            **dict.fromkeys(TRL, train_trl),
-            "loss": measure_loss,
-        }
-        print(json.dumps(work[options.arm](config, request | {"arm": options.arm})))
-        return 0
+        train = train_ours if options.arm in OURS else train_trl
+        print(json.dumps(train(config, request | {"arm": options.arm})))
+        return
     config = load_written(options.config, options.overrides)
     order, steps = (ORDER[:2] + TRL[:1], 1) if options.quick else (ORDER, 3)
     request: dict[str, Any] = {"steps": steps, "samples": None, "overrides": QUICK if options.quick else []}
@@ -75,11 +68,6 @@ def main() -> int:
         request["samples"] = request["samples"] or run["samples"]
         assert run["samples"] == request["samples"], f"{name} trained on other samples"
         runs[name].append(run)
-    loss = [
-        run_arm("benchmarks.train_throughput", options, "loss", request | {"vocabulary": vocabulary, "chunks": chunks})
-        for vocabulary in VOCABULARIES
-        for chunks in ((2, 4) if options.quick else (2, 64))
-    ]
     arms = {name: summarise(own) for name, own in runs.items()}
     assert len({arm["dtype"] for arm in arms.values()}) == 1, "arms train in different precisions"
     assert len({arm["trainable_parameters"] for arm in arms.values()}) == 1, "arms train different adapters"
@@ -95,7 +83,6 @@ def main() -> int:
             "arms": arms,
             "runs": {name: [{k: v for k, v in r.items() if k != "samples"} for r in own] for name, own in runs.items()},
             "roofline": roofline,
-            "loss_memory": loss,
             "claims": [
                 *(
                     claim(f"stored_over_{name}", round(speed["stored"] / speed[name], 3), aim)
@@ -103,11 +90,9 @@ def main() -> int:
                     if name in speed
                 ),
                 claim("padding", runs["stored"][0]["plan_padding"], 0.05, at_most=True),
-                claim("logits_held_beyond_one_chunk", beyond_one_chunk(loss), 0.05, at_most=True),
             ],
         },
     )
-    return 0
 
 
 def compare_with_matmul(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
@@ -148,15 +133,6 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def beyond_one_chunk(loss: list[dict[str, Any]]) -> float:
-    """Return the share of further chunks' logits that stays in memory, at most over the vocabularies.
-
-    Counted from two chunks on: what one chunk leaves behind until the next is done does not grow with their number.
-    """
-    pairs = zip(loss[::2], loss[1::2], strict=True)
-    return max(round((many["mb"] - one["mb"]) / (many["logits_mb"] - one["logits_mb"]), 4) for one, many in pairs)
-
-
 def train_ours(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     """Take the first steps of the run's own plan in the run's own loop; the first of all is warm-up."""
     import ray.train
@@ -167,11 +143,8 @@ def train_ours(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
 
     def work() -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(port)
+        os.environ["MASTER_PORT"] = str(free_port())
         with tempfile.TemporaryDirectory() as folder:
             loop = TrainLoop(config, load_base_model(config.model.path), Stage(folder, "train", ANSWER))
         assert not loop.is_refused, "student and stored teacher differ; `python -m pipeline train` says where"
@@ -221,45 +194,80 @@ def padding(loop: Any, steps: list[list[list[int]]]) -> float:
 
 def train_trl(config: Config, request: dict[str, Any]) -> dict[str, Any]:
     """Take the same steps in one of TRL's trainers: a row of its dataset is a step, so that its batches are ours."""
+    from pipeline.engine import load_tokenizer
+    from pipeline.student import add_adapter, load_base
+
+    torch.set_num_threads(config.cluster.worker_cpus)
+    torch.manual_seed(config.train.seed)
+    samples: list[list[int]] = request["samples"]
+    times: list[float] = []
+    tokenizer: Any = load_tokenizer(config.model.path)
+    collator = StepCollator(config, tokenizer.pad_token_id or 0, samples)
+    model = add_adapter(load_base(config.model.path), config.train.lora, "base")
+    trainer = make_trainer(config, request["arm"], model, tokenizer, collator, times)
+    loaded = memory_mb()
+    trainer.train()
+    trainable = [value for value in model.parameters() if value.requires_grad]
+    steps = collator.steps[: len(times)]
+    return {
+        "samples": [samples[step] for step in steps],
+        "tokens": [collator.data.count_tokens(samples[step])[1] for step in steps[1:]],
+        "seconds": np.diff(times).tolist(),
+        "loaded_mb": loaded,
+        "peak_mb": peak_mb(),
+        "padding": round(1 - collator.filled / collator.positions, 4),
+        "dtype": str(trainable[0].dtype),
+        "trainable_parameters": sum(value.numel() for value in trainable),
+    }
+
+
+class StepCollator:
+    """Makes of a row of TRL's dataset, which is a step's number, that step's batch; counts what it was asked for."""
+
+    def __init__(self, config: Config, pad_token_id: int, samples: list[list[int]]) -> None:
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        from pipeline.training_data import training_tables
+
+        self.data, self.samples = AnswerData(*training_tables(config)), samples
+        self.steps: list[int] = []
+        self.filled = self.positions = 0  # of these positions, so many hold a token
+        self._pad = DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
+
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
+        (row,) = rows
+        self.steps.append(row["step"])
+        examples = []
+        for sample in samples_of(self.data.take(self.samples[row["step"]])):
+            ids, labels = np.concatenate([sample.prompt_ids, sample.answer_ids]), np.full(len(sample.prompt_ids), -100)
+            examples.append({"input_ids": ids.tolist(), "labels": [*labels.tolist(), *sample.answer_ids.tolist()]})
+        batch = self._pad(examples)
+        self.filled += int(batch["attention_mask"].sum())
+        self.positions += batch["attention_mask"].numel()
+        return batch
+
+
+def make_trainer(
+    config: Config, arm: str, model: Any, tokenizer: Any, collator: StepCollator, times: list[float]
+) -> Any:
+    """Return TRL's trainer with our settings; it adds the time at which each step ends to `times`."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
     from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
-    from pipeline.engine import load_tokenizer
-    from pipeline.student import add_adapter, load_base
-    from pipeline.training_data import training_tables
-
-    torch.set_num_threads(config.cluster.worker_cpus)
-    torch.manual_seed(config.train.seed)
-    data = AnswerData(*training_tables(config))
-    tokenizer: Any = load_tokenizer(config.model.path)
-    collator = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)
-    seen: list[int] = []
-    filled = positions = 0
-
-    def collate(rows: list[dict[str, int]]) -> dict[str, Any]:
-        nonlocal filled, positions
-        seen.append(rows[0]["step"])
-        examples = []
-        for sample in samples_of(data.take(request["samples"][seen[-1]])):
-            ids, labels = np.concatenate([sample.prompt_ids, sample.answer_ids]), np.full(len(sample.prompt_ids), -100)
-            examples.append({"input_ids": ids.tolist(), "labels": [*labels.tolist(), *sample.answer_ids.tolist()]})
-        batch = collator(examples)
-        filled, positions = filled + int(batch["attention_mask"].sum()), positions + batch["attention_mask"].numel()
-        return batch
+    from pipeline.student import load_base
 
     class Clock(TrainerCallback):
-        times: list[float] = []  # noqa: RUF012
-
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.monotonic())
+            times.append(time.monotonic())
 
+    num_steps = len(collator.samples)
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="trl-"),
         "per_device_train_batch_size": 1,
-        "max_steps": len(request["samples"]),
+        "max_steps": num_steps,
         "learning_rate": config.train.learning_rate,
         "max_grad_norm": config.train.max_grad_norm,
         "train_sampling_strategy": "sequential",
@@ -274,48 +282,16 @@ def train_trl(config: Config, request: dict[str, Any]) -> dict[str, Any]:
         "disable_tqdm": True,
     }
     arguments: dict[str, Any] = {
-        "model": add_adapter(load_base(config.model.path), config.train.lora, "base"),
-        "train_dataset": Dataset.from_dict({"step": list(range(len(request["samples"])))}),
-        "data_collator": collate,
+        "model": model,
+        "train_dataset": Dataset.from_dict({"step": list(range(num_steps))}),
+        "data_collator": collator,
         "processing_class": tokenizer,
         "callbacks": [Clock],
     }
-    if request["arm"] == "trl_gkd":
+    if arm == "trl_gkd":
         args = GKDConfig(**settings, lmbda=0.0, beta=0.0, temperature=1.0)
-        trainer = GKDTrainer(**arguments, args=args, teacher_model=load_base(config.model.path))
-    else:
-        trainer = SFTTrainer(**arguments, args=SFTConfig(**settings))
-    loaded = memory_mb()
-    trainer.train()
-    seconds = np.diff(Clock.times).tolist()
-    trainable = [value for value in arguments["model"].parameters() if value.requires_grad]
-    return {
-        "samples": [request["samples"][step] for step in seen[: len(Clock.times)]],
-        "tokens": [data.count_tokens(request["samples"][step])[1] for step in seen[1 : len(Clock.times)]],
-        "seconds": seconds,
-        "loaded_mb": loaded,
-        "peak_mb": peak_mb(),
-        "padding": round(1 - filled / positions, 4),
-        "dtype": str(trainable[0].dtype),
-        "trainable_parameters": sum(value.numel() for value in trainable),
-    }
-
-
-def measure_loss(config: Config, request: dict[str, Any]) -> dict[str, Any]:
-    """Return the memory of the loss over so many chunks of positions, of a made-up output matrix of this vocabulary."""
-    torch.set_num_threads(config.cluster.worker_cpus)
-    torch.manual_seed(0)
-    positions = CHUNK * request["chunks"]
-    dtype = getattr(torch, compute_dtype(on_gpu=False))
-    weight = torch.randn(request["vocabulary"], WIDTH, dtype=dtype)
-    hidden = torch.randn(positions, WIDTH, dtype=dtype, requires_grad=True)
-    ids = torch.randint(request["vocabulary"], (positions, 20))
-    signal = TopK(ids, torch.full(ids.shape, -4.0))
-    before = memory_mb()
-    answer_losses(hidden, weight, signal, CHUNK).sum().backward()
-    logits_mb = positions * request["vocabulary"] * 4 / 2**20
-    shape = {"vocabulary": request["vocabulary"], "chunks": request["chunks"]}
-    return shape | {"logits_mb": logits_mb, "mb": round(peak_mb() - before, 1)}
+        return GKDTrainer(**arguments, args=args, teacher_model=load_base(config.model.path))
+    return SFTTrainer(**arguments, args=SFTConfig(**settings))
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
@@ -345,4 +321,4 @@ def peak_mb() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

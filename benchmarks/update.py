@@ -27,7 +27,7 @@ from pipeline.status import stages_of
 STAGES = ("question", "answer", "train")
 
 
-def main() -> int:
+def main() -> None:
     parser = config_parser(__doc__)
     parser.add_argument("--data", required=True, help="evaluation set, JSONL")
     parser.add_argument("--passages", type=int, default=100)
@@ -81,7 +81,6 @@ def main() -> int:
             "claims": make_claims(costs, scores, options.changed / options.passages),
         },
     )
-    return 0
 
 
 def cost(config: str, overrides: list[str]) -> dict[str, float]:
@@ -138,4 +137,4 @@ def make_claims(costs: list[dict[str, float]], scores: dict[str, dict[str, Any]]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

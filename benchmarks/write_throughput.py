@@ -28,13 +28,14 @@ from typing import Any
 import pyarrow as pa
 
 from benchmarks.record import claim, load_written, parse_options, run_arm, save, spread
+from pipeline.answer import answer_id_of
 from pipeline.base_model import load_base_model
 from pipeline.config import Config
 from pipeline.engine import engine_arguments, load_tokenizer, render_chat
 from pipeline.prompts import teacher_chat
 from pipeline.question import question_job
 from pipeline.resources import KEEP_MEMORY, compute_dtype
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, digest, seed_of
+from pipeline.schema import ANSWER, PASSAGE, QUESTION, seed_of
 from pipeline.store import Stage
 
 # There and back, so that a machine that slows down does it to both.
@@ -44,14 +45,14 @@ WARM_UP = 4  # questions
 QUICK = ["answer.max_tokens=24"]
 
 
-def main() -> int:
+def main() -> None:
     options = parse_options(__doc__, "write-throughput")
     if options.arm:
         request = json.loads(sys.stdin.read())
         config = load_written(options.config, [*options.overrides, *request["overrides"]])
         work = {"pipeline": write_pipeline, **dict.fromkeys(BARE, write_bare), "ray_llm": write_ray_llm}
         print(json.dumps(work[options.arm](config, request | {"arm": options.arm})))
-        return 0
+        return
     config = load_written(options.config, options.overrides)
     request: dict[str, Any] = {"questions": 8, "passes": 1} if options.quick else {"questions": 64, "passes": 2}
     request["overrides"] = QUICK if options.quick else []
@@ -99,7 +100,6 @@ def main() -> int:
             ],
         },
     )
-    return 0
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def requests(config: Config, passages: pa.Table, questions: pa.Table) -> tuple[l
         prompt = render_chat(tokenizer, teacher_chat(passage["text"], passage["heading"], row["text"]))
         for ordinal in range(answer.per_question):
             prompts.append(prompt)
-            answer_ids.append(digest(row["question_id"], ordinal, answer.seed))
+            answer_ids.append(answer_id_of(row["question_id"], ordinal, answer))
     return prompts, seed_of(answer.seed, *answer_ids)
 
 
@@ -263,4 +263,4 @@ def sampling(config: Config, top_k: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

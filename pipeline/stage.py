@@ -168,14 +168,14 @@ class _UnitActor:
 
 
 @contextlib.contextmanager
-def watching(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` every few seconds of the block, from a thread, and once at its end."""
+def watching(look: Callable[[], None], every_s: float = PROGRESS_S / 2) -> Iterator[None]:
+    """Call `look` every so many seconds of the block, from a thread, and once at its end."""
     is_over = threading.Event()
 
     def watch() -> None:
         is_last = False
         while not is_last:
-            is_last = is_over.wait(PROGRESS_S / 2)
+            is_last = is_over.wait(every_s)
             with contextlib.suppress(OSError):
                 look()
 
