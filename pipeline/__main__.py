@@ -86,7 +86,7 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     with contextlib.ExitStack() as held, ray_session():
         for config in islice(configs.values(), MOST_HELD):
             held.enter_context(Folder(config.run_dir).hold())
-        results = {name: attempt(partial(_prepare, config, command)) for name, config in configs.items()}
+        results = {name: attempt(partial(_prepare, config, command, base)) for name, config in configs.items()}
         for stage in STAGES if command == "run" else (command,):
             left = [name for name, result in results.items() if not isinstance(result, ValueError)]
             if left:
@@ -101,19 +101,22 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
     return results
 
 
-def _prepare(config: Config, command: str) -> None:
+def _prepare(config: Config, command: str, base: Any) -> None:
     """Raise ValueError for what would fail hours later."""
     from pipeline.base_model import refuse_unknown_layers
     from pipeline.held_out import refuse_long_contexts
+    from pipeline.previous import previous_settings
     from pipeline.store import Folder
 
     model = config.evaluate.embedding_model
     if model and not os.path.isdir(model):
         raise ValueError(f"evaluate.embedding_model = {model!r}: no such folder; give a sentence-transformers model's")
     judge = config.evaluate.judge
-    if judge and judge.model and not judge.url and not os.environ.get("OPENAI_API_KEY"):
+    grades = command in ("run", "evaluate")
+    if grades and judge and judge.model and not judge.url and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("evaluate.judge.model needs OPENAI_API_KEY in the environment, or evaluate.judge.url; set one")
     refuse_long_contexts(config)
+    previous_settings(config, base)
     if config.train.lora.target_modules != "all-linear":
         refuse_unknown_layers(config.model.path, config.train.lora.target_modules)
     folders = {"run_dir": Folder(config.run_dir)}

@@ -9,19 +9,21 @@ import json
 import os
 import tempfile
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Config, Judge, Sampling
+from pipeline.config import AnswerSection, Config, Judge, Sampling
 from pipeline.held_out import TestQuestion
 from pipeline.prompts import judge_chat, parse_grade, retrieval_question, student_chat
 from pipeline.stage import attempt
 from pipeline.store import Folder, Stage
 
 GENERAL_QUESTIONS = Path(__file__).with_name("general_questions.jsonl")
+LOCATED = 0.1  # least score of a context in its own passage: an unrelated one has 0.05, a third of it 0.12
 GENERAL_TOKENS = 32  # of a reply to a general question: a capital, a number, or that there is no such thing
 
 
@@ -85,7 +87,6 @@ def ask_all(tasks: list[Task], api_key: str) -> list[Any]:
 
 
 def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
-    from pipeline.answer import answer_id_of, answer_questions
     from pipeline.engine import render_chat
     from pipeline.retrieve import PassageIndex, passages_of
 
@@ -109,16 +110,15 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         pairs = zip(asked, passages, strict=True)
         return [student_chat(retrieval_question(found, q.question, fits)[0]) for q, found in pairs]
 
-    contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
-    asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
-    gold, rejected = answer_questions(engine, contexts, asked, settings)
-    if rejected:
-        ids = {answer_id_of(question.id, 0, settings): question.id for question in questions}
-        first = rejected[0]
-        raise ValueError(
-            f"{len(rejected)} contexts of evaluation questions are too long, first that of {ids[first.record_id]!r} "
-            f"({first.detail}); shorten them, or lower evaluate.max_tokens"
-        )
+    def grade(judge: Judge, said: list[Reply]) -> list[bool | None]:
+        chats = [judge_chat(q.question, q.answers, r.text) for q, r in zip(questions, said, strict=True)]
+        if judge.model:
+            return list(map(parse_grade, grade_remotely(judge, chats, api_key)))
+        readable = [engine.fits(chat, judge.max_tokens) for chat in chats]
+        graded = iter(ask(list(compress(chats, readable)), None, judge.max_tokens))
+        return [parse_grade(next(graded).text) if fits else None for fits in readable]
+
+    gold = _read_gold_passages(engine, questions, settings)
     plain = [student_chat(question.question) for question in questions]
     general = [student_chat(row["question"]) for row in general_questions()]
     short = min(GENERAL_TOKENS, settings.max_tokens)
@@ -138,15 +138,8 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
             Reply(text, _confidence(np.asarray(values, np.float32)[:: settings.top_k]))
             for text, values in zip(gold["text"].to_pylist(), gold["topk_logprobs"].to_pylist(), strict=True)
         ]
-        grades = {}
-        if judge := config.evaluate.judge:
-            for arm, said in arms.items():
-                chats = [judge_chat(q.question, q.answers, r.text) for q, r in zip(questions, said, strict=True)]
-                if judge.model:
-                    graded = grade_remotely(judge, chats, api_key)
-                else:
-                    graded = [reply.text for reply in ask(chats, None, judge.max_tokens)]
-                grades[arm] = list(map(parse_grade, graded))
+        judge = config.evaluate.judge
+        grades = {arm: grade(judge, said) for arm, said in arms.items()} if judge else {}
         return Replies(
             questions,
             arms,
@@ -159,13 +152,29 @@ def _ask_everything(engine: Any, task: Task, api_key: str) -> Replies:
         )
 
 
+def _read_gold_passages(engine: Any, questions: list[TestQuestion], settings: AnswerSection) -> pa.Table:
+    """Return the base model's answers with each question's own context in the prompt; ValueError if one is too long."""
+    from pipeline.answer import answer_id_of, answer_questions
+
+    contexts = {question.id: {"text": question.context, "heading": ""} for question in questions}
+    asked = [{"question_id": q.id, "passage_id": q.id, "text": q.question} for q in questions]
+    gold, rejected = answer_questions(engine, contexts, asked, settings)
+    if rejected:
+        ids = {answer_id_of(question.id, 0, settings): question.id for question in questions}
+        first = rejected[0]
+        raise ValueError(
+            f"{len(rejected)} contexts of evaluation questions are too long, first that of {ids[first.record_id]!r} "
+            f"({first.detail}); shorten them, or lower evaluate.max_tokens"
+        )
+    return gold
+
+
 def _locate(question: TestQuestion, index: Any) -> TestQuestion:
-    """Find the passage that a question's context comes from, by its words."""
-    if question.passage_id:
+    """Find the passage that a question's context comes from, by its words; the corpus may have none."""
+    hits = [] if question.passage_id else index.search(question.context, 1)
+    if not hits or hits[0].score < LOCATED:
         return question
-    for hit in index.search(question.context, 1):
-        return question._replace(document=hit.passage["source"], passage_id=hit.passage["passage_id"])
-    return question
+    return question._replace(document=hits[0].passage["source"], passage_id=hits[0].passage["passage_id"])
 
 
 def _confidence(logprobs: np.ndarray) -> float:
@@ -178,21 +187,31 @@ def judge_key() -> str:
 
 
 def grade_remotely(judge: Judge, chats: list[Any], api_key: str) -> list[str]:
-    """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while."""
+    """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while.
+
+    A request that it refuses, as too long or by a filter of its content, gets no grade, unless it refuses all.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     import openai
 
     client = openai.OpenAI(base_url=judge.url, api_key=api_key, max_retries=5)
 
-    def grade(chat: Any) -> str:
-        done = client.chat.completions.create(
-            model=str(judge.model), messages=chat, temperature=0, max_tokens=judge.max_tokens
-        )
+    def grade(chat: Any) -> str | openai.BadRequestError:
+        try:
+            done = client.chat.completions.create(
+                model=str(judge.model), messages=chat, temperature=0, max_tokens=judge.max_tokens
+            )
+        except openai.BadRequestError as error:
+            return error
         return (done.choices[0].message.content or "") if done.choices else ""
 
     try:
         with ThreadPoolExecutor(judge.concurrency) as pool:
-            return list(pool.map(grade, chats))
+            graded = list(pool.map(grade, chats))
+        refusals = [given for given in graded if not isinstance(given, str)]
+        if refusals and len(refusals) == len(graded):
+            raise refusals[0]
     except openai.OpenAIError as error:
         raise ValueError(f"evaluate.judge: {judge.model!r} does not grade ({error})") from None
+    return [given if isinstance(given, str) else "" for given in graded]

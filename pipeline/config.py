@@ -298,7 +298,8 @@ class Train(Section):
 
 
 class Judge(Section):
-    """A language model that grades replies, through any OpenAI-compatible endpoint; its key is OPENAI_API_KEY."""
+    """A language model that grades replies: the base model, or one at an OpenAI-compatible endpoint, whose key is
+    OPENAI_API_KEY."""
 
     model: str | None = None
     """Name of the model at the endpoint; unset: the base model grades, in the local engine."""
@@ -308,6 +309,12 @@ class Judge(Section):
     """Longest grading, its reasons included."""
     concurrency: int = Field(default=16, ge=1)
     """Requests at a time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Judge":
+        if self.url and not self.model:
+            raise ValueError(f"url = {self.url!r} needs the name of the model there; set model")
+        return self
 
 
 class Evaluate(Section):

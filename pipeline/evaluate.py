@@ -21,7 +21,6 @@ from pipeline.base_model import BaseModel
 from pipeline.config import Config, Evaluate, Update
 from pipeline.held_out import (
     TestQuestion,
-    by_id,
     count_trained_on,
     held_out_questions,
     load_questions,
@@ -244,11 +243,11 @@ def _taught(config: Config, passages: set[str]) -> dict[str, list[dict[str, str]
     """Return what was trained on about these passages: passage id -> question and answer."""
     kept, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
     rows = rows_where(kept, ["passage_id", "question_id", "text"], "passage_id", passages)
-    asked = {row["question_id"] for row in rows}
-    texts = by_id(rows_where(questions, ["question_id", "text"], "question_id", asked))
+    asked = rows_where(questions, ["question_id", "text"], "question_id", {row["question_id"] for row in rows})
+    texts = {row["question_id"]: row["text"] for row in asked}
     taught: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        pair = {"question": texts[row["question_id"]]["text"], "answer": row["text"]}
+        pair = {"question": texts[row["question_id"]], "answer": row["text"]}
         taught.setdefault(row["passage_id"], []).append(pair)
     return taught
 

@@ -64,7 +64,7 @@ class AnswerFilter:
         self._filtered = Stage(config.run_dir, "filter", ANSWER)
         self._settings = config.filter
         self._held_out = held_out
-        self._near = NearQuestions(held_out)
+        self._near = NearQuestions(held_out.texts, config.evaluate.near_duplicate_threshold)
         self._previous = PreviousRun(None if config.filter.min_initial_kl is None else config.update.previous_run)
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:

@@ -19,8 +19,9 @@ from pipeline.answer import answer_table, tail_mass
 from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
-from pipeline.previous import PassagesBySource, PreviousRun, previous_settings
-from pipeline.prompts import normalise, student_chat
+from pipeline.previous import previous_settings
+from pipeline.prompts import normalise, split_words, student_chat
+from pipeline.retrieve import PassageIndex, passages_of
 from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
@@ -31,6 +32,7 @@ UNIT_PROMPTS = 128
 SPARE = 2  # prompts sampled for each one wanted: some are empty, or there already
 STOPWORDS = frozenset(STOPWORDS_EN)
 MIN_CHARS = 6  # of a prompt's words; not a number of words, which some scripts do not separate
+NEAREST = 4  # new passages that an old one is looked for in: what it said may be cut elsewhere now
 
 
 def general_job(config: Config, base: BaseModel) -> Job:
@@ -114,9 +116,9 @@ def forgotten_job(config: Config, base: BaseModel) -> Job:
 
 
 class ForgottenWriter:
-    """One unit is one shard of the previous run's passages, of which it takes those that are not there any more.
+    """One unit is one shard of the previous run's passages, of which it takes those whose text stands nowhere any more.
 
-    Of a file that only changed, some of what they said still holds; questions about that are left out.
+    Some of what they said may stand in new passages, of this file or another; questions about that are left out.
     """
 
     def __init__(self, run_dir: str, previous_run: str, settings: AnswerSection, engine: Engine) -> None:
@@ -124,10 +126,9 @@ class ForgottenWriter:
         self._passages = Stage(previous_run, "chunk", PASSAGE)
         self._questions = Stage(previous_run, "question", QUESTION)
         self._answers = Stage(previous_run, "answer", ANSWER)
-        self._now = PreviousRun(run_dir)
-        self._before, self._after = PassagesBySource(previous_run), PassagesBySource(run_dir)
-        self._texts_now = lru_cache(1)(self._after.texts)
-        self._new_text = lru_cache(1)(self._read_new_text)
+        now, before = passages_of(run_dir), passages_of(previous_run)
+        self._texts_now = set(now["text"].to_pylist())
+        self._new = PassageIndex.build(now.filter(~pc.field("text").isin(before["text"].combine_chunks())))
         self._settings = settings
         self._engine = engine
 
@@ -135,16 +136,14 @@ class ForgottenWriter:
         settings, before = self._settings, self._engine.stats
         passages = self._passages.read_shard(f"{unit['name']}.parquet").to_pylist()
         gone = {
-            row["passage_id"]: row
+            row["passage_id"]: (row["text"], self._find_new(row["text"]))
             for row in passages
-            # Under another heading it still stands there.
-            if not self._now.holds(row) and row["text"] not in self._texts_now(self._before.source_of[row["doc_id"]])
+            if row["text"] not in self._texts_now
         }
         wrong = {
             row["question_id"]
             for row in self._answers.read_unit(unit["name"], ["question_id", "passage_id", "text"]).to_pylist()
-            if (passage := gone.get(row["passage_id"]))
-            and is_wrong_now(row["text"], passage["text"], self._new_text(self._before.source_of[passage["doc_id"]]))
+            if row["passage_id"] in gone and is_wrong_now(row["text"], *gone[row["passage_id"]])
         }
         questions = self._questions.read_unit(unit["name"])
         questions = questions.filter(pc.field("question_id").isin(pa.array(sorted(wrong), pa.string())))
@@ -155,9 +154,8 @@ class ForgottenWriter:
         table = answer_alone(self._engine, rows, seed, settings, settings.top_k)
         return self._stage.commit(unit["name"], [table], [], len(rows), self._engine.stats.since(before))
 
-    def _read_new_text(self, source: str) -> str:
-        """Return what is new in a file or row: its passages of now without those of before."""
-        return "\n".join(sorted(self._texts_now(source) - self._before.texts(source)))
+    def _find_new(self, text: str) -> str:
+        return "\n".join(hit.passage["text"] for hit in self._new.search(text, NEAREST))
 
 
 def is_wrong_now(answer: str, said: str, new: str) -> bool:
@@ -166,9 +164,9 @@ def is_wrong_now(answer: str, said: str, new: str) -> bool:
     return not before & now or bool((before - now) & _telling_words(answer))
 
 
-@lru_cache(8)  # a passage and what is new in its file stand beside many answers
+@lru_cache(8)  # a passage and what is new stand beside many answers
 def _telling_words(text: str) -> set[str]:
-    return set(normalise(text).split()) - STOPWORDS
+    return set(split_words(normalise(text))) - STOPWORDS
 
 
 def answer_alone(

@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config, Evaluate
 from pipeline.engine import load_tokenizer, render_chat
-from pipeline.previous import PreviousRun
+from pipeline.previous import PreviousRun, earlier_runs
 from pipeline.prompts import normalise, split_words, teacher_chat, titled
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
+from pipeline.score import comparable
 from pipeline.store import Stage, open_uri
 
 
@@ -60,8 +61,9 @@ def read_questions(field: str, uri: str | None, limit: int | None = None) -> lis
         where = f"{field} = {uri!r}, line {number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a character, which JSON may escape, no file can hold
         except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
+            raise ValueError(f"{where}: not JSON in UTF-8 ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: not a JSON object")
         for name, kind in (("question", str), ("answers", list), ("context", str)):
@@ -69,6 +71,9 @@ def read_questions(field: str, uri: str | None, limit: int | None = None) -> lis
                 raise ValueError(f"{where}: {name!r} must be a {kind.__name__} that is not empty")
         if not all(isinstance(answer, str) for answer in row["answers"]):
             raise ValueError(f"{where}: 'answers' must hold strings only")
+        if not any(map(comparable, row["answers"])):
+            told = "articles and punctuation are not compared; give other words"
+            raise ValueError(f"{where}: 'answers' = {row['answers']}: {told}")
         name = str(number if row.get("id") is None else row["id"])
         if name in questions:
             raise ValueError(f"{where}: another line has the id {name!r}, too; give each its own")
@@ -109,7 +114,6 @@ class HeldOut(NamedTuple):
 
     ids: frozenset[str]
     texts: list[str]
-    threshold: float
 
 
 def hold_out(config: Config) -> HeldOut:
@@ -120,7 +124,7 @@ def hold_out(config: Config) -> HeldOut:
     settings = config.evaluate
     if settings.questions is not None:
         texts = [question.question for question in read_questions("evaluate.questions", settings.questions)]
-        return HeldOut(frozenset(), texts, settings.near_duplicate_threshold)
+        return HeldOut(frozenset(), texts)
     new: list[tuple[str, str]] = []
     held_before: list[tuple[str, str]] = []
     num_new = 0
@@ -131,7 +135,7 @@ def hold_out(config: Config) -> HeldOut:
     if config.update.previous_run is not None:
         new = _not_asked_before(new, config.update.previous_run, settings.near_duplicate_threshold)
     chosen = heapq.nsmallest(settings.held_out, [*new[: num_new // 10], *held_before])
-    return HeldOut(frozenset(i for i, _ in chosen), [text for _, text in chosen], settings.near_duplicate_threshold)
+    return HeldOut(frozenset(i for i, _ in chosen), [text for _, text in chosen])
 
 
 def _untrained_questions(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -158,7 +162,7 @@ def _untrained_questions(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
 
 def _not_asked_before(chosen: list[tuple[str, str]], previous_run: str, threshold: float) -> list[tuple[str, str]]:
     """Leave out what nearly repeats a question of the previous run, whose adapter may have been trained on it."""
-    near = NearQuestions(HeldOut(frozenset(), [text for _, text in chosen], threshold))
+    near = NearQuestions([text for _, text in chosen], threshold)
     repeated = {index for text in written_texts(previous_run) for index in near.find(text)}
     return [pair for index, pair in enumerate(chosen) if index not in repeated]
 
@@ -175,22 +179,22 @@ def _ids_and_texts(questions: pa.Table) -> Iterator[tuple[str, str]]:
 
 
 class NearQuestions:
-    """Finds whether a question is, but for a few words, one that evaluation asks."""
+    """Finds whether a question is, but for a few words, one of these; `threshold` is the Jaccard similarity."""
 
-    def __init__(self, held_out: HeldOut) -> None:
-        self._threshold = held_out.threshold
-        self._words = [frozenset(split_words(normalise(text))) for text in held_out.texts]
+    def __init__(self, texts: list[str], threshold: float) -> None:
+        self._threshold = threshold
+        self._words = [frozenset(split_words(normalise(text))) for text in texts]
         self._with_word: dict[str, list[int]] = {}
         for index, words in enumerate(self._words):
             for word in words:
                 self._with_word.setdefault(word, []).append(index)
 
     def holds(self, question: str) -> bool:
-        """True if the question nearly repeats some evaluation question."""
+        """True if the question nearly repeats one of the texts."""
         return bool(self.find(question))
 
     def find(self, question: str) -> list[int]:
-        """Return which evaluation questions it nearly repeats: the Jaccard similarity of the words says so."""
+        """Return the places of the texts that it nearly repeats: the similarity of their words says so."""
         words = set(split_words(normalise(question)))
         shared = Counter(index for word in words for index in self._with_word.get(word, ()))
         return [
@@ -200,16 +204,18 @@ class NearQuestions:
         ]
 
 
-def count_trained_on(config: Config, questions: list[TestQuestion]) -> int:
-    """Return how many of the questions one that was trained on, in the previous run or now, nearly repeats.
+def count_trained_on(config: Config, questions: list[TestQuestion]) -> int | None:
+    """Return how many of the questions one that was trained on, now or in an earlier run, nearly repeats.
 
-    None, unless `evaluate.questions` changed after a `filter`, which takes such answers out of training.
+    0, unless `evaluate.questions` changed after a `filter`, which takes such answers out of training. None if it cannot
+    be told because an earlier run, from which the adapter comes, is not there any more.
     """
-    texts = [question.question for question in questions]
-    near = NearQuestions(HeldOut(frozenset(), texts, config.evaluate.near_duplicate_threshold))
+    near = NearQuestions([question.question for question in questions], config.evaluate.near_duplicate_threshold)
     repeated: set[int] = set()
-    for run_dir in filter(None, (config.update.previous_run, config.run_dir)):
+    for run_dir in (config.run_dir, *earlier_runs(config)):
         kept, written = Stage(run_dir, "filter", ANSWER), Stage(run_dir, "question", QUESTION)
+        if kept.manifest() is None:
+            return None
         for unit in kept.units():
             ids = kept.read_unit(unit.name, ["question_id"])["question_id"].combine_chunks()
             rows = written.read_unit(unit.name, ["question_id", "text"]).filter(pc.field("question_id").isin(ids))
@@ -221,12 +227,14 @@ def held_out_questions(config: Config) -> list[TestQuestion]:
     """Return the written questions that `filter` kept from training; the stored answer is the accepted one."""
     schemas = {"question": QUESTION, "chunk": PASSAGE, "dedup": DOCUMENT}
     questions, passages, documents = (Stage(config.run_dir, name, schema) for name, schema in schemas.items())
-    found = list(by_id(_held_out_answers(config.run_dir)).values())  # one answer for each question
+    by_question = {row["question_id"]: row for row in _held_out_answers(config.run_dir)}  # one answer for each
+    found = [by_question[key] for key in sorted(by_question)][: config.evaluate.max_questions]
     if not found:
         return []
 
     def look_up(stage: Stage, columns: list[str], rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return by_id(rows_where(stage, columns, columns[0], {row[columns[0]] for row in rows}))
+        key = columns[0]
+        return {row[key]: row for row in rows_where(stage, columns, key, {row[key] for row in rows})}
 
     asked = look_up(questions, ["question_id", "kind", "text"], found)
     read = look_up(passages, ["passage_id", "doc_id", "heading", "text"], found)
@@ -240,7 +248,7 @@ def held_out_questions(config: Config) -> list[TestQuestion]:
                 row["answer_id"], question["text"], [row["text"]], context, question["kind"], source, row["passage_id"]
             )
         )
-    return result[: config.evaluate.max_questions]
+    return result
 
 
 def _held_out_answers(run_dir: str) -> list[dict[str, Any]]:
@@ -255,8 +263,3 @@ def rows_where(stage: Stage, columns: list[str], key: str, wanted: set[str]) -> 
     values = pa.array(sorted(wanted), pa.string())
     tables = (stage.read_shard(shard, columns) for shard in stage.shards())
     return [row for table in tables for row in table.filter(pc.field(key).isin(values)).to_pylist()]
-
-
-def by_id(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Map the first column to the rows."""
-    return {next(iter(row.values())): row for row in rows}

@@ -79,7 +79,7 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     measured = Measured(read | {"chunk": chunked}, written, kept, trained, num_sampled, adapter)
     plan = scale_up(config, measured, min(config.cluster.num_engines, shards))
     print(f"plan: from {num_sampled} of {chunked['rows_out']} passages", file=sys.stderr)
-    new = 1 - sum(sample.shares.values())
+    new = 1 - sum(config.shares.values())
     uses = plan["answers"] / new * share * config.train.epochs / max(1, config.general.prompts)
     if uses > MANY_USES:
         print(f"plan: each general prompt would be trained on {uses:.0f} times; raise general.prompts", file=sys.stderr)

@@ -5,6 +5,7 @@ that only new and changed passages are written about. Rows keep their ids unless
 cannot be gone on from is refused before anything is written.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -94,12 +95,11 @@ class PassagesBySource:
 
     def __init__(self, run_dir: str) -> None:
         documents, passages = Stage(run_dir, "dedup", DOCUMENT), Stage(run_dir, "chunk", PASSAGE)
-        self.source_of = {
-            row["doc_id"]: row["source"]
+        self._doc_ids = {
+            row["source"]: row["doc_id"]
             for shard in documents.shards()
             for row in documents.read_shard(shard, ["doc_id", "source"]).to_pylist()
         }
-        self._doc_ids = {source: doc_id for doc_id, source in self.source_of.items()}
         self._shards: dict[str, list[str]] = {}
         for shard in passages.shards():
             for doc_id in pc.call_function("unique", [passages.read_shard(shard, ["doc_id"])["doc_id"]]).to_pylist():
@@ -115,9 +115,13 @@ class PassagesBySource:
         tables = [self._read(shard).filter(pc.field("doc_id") == doc_id) for shard in self._shards.get(doc_id, [])]
         return pa.concat_tables(tables).sort_by("start").to_pylist() if tables else []
 
-    def texts(self, source: str) -> set[str]:
-        """Return the texts of these passages."""
-        return {row["text"] for row in self.find(source)}
+
+def earlier_runs(config: Config) -> Iterator[str]:
+    """Yield the directories of the runs that this one goes on from, the latest first; behind one that is gone, none."""
+    run_dir = config.update.previous_run
+    while run_dir:
+        yield run_dir
+        run_dir = (Folder(run_dir).read_json("config.json") or {"update": {}})["update"].get("previous_run")
 
 
 def _id_now(old: str, previous_passage_id: str, passage_id: str) -> str:
@@ -144,7 +148,10 @@ def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:
     run_dir = config.update.previous_run
     if run_dir is None:
         return {}
-    answer = require_line(run_dir, "train")["answer"]
+    try:
+        answer = require_line(run_dir, "train")["answer"]
+    except ValueError as error:
+        raise ValueError(f"update.previous_run = {run_dir!r}: {error}") from None
     wrote, adapter, lora = answer["settings"], adapter_of(run_dir).read_json("adapter_config.json"), config.train.lora
     layers = adapter["target_modules"] if lora.target_modules == "all-linear" else lora.target_modules
     for name, was, now in (

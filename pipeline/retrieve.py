@@ -50,7 +50,7 @@ class PassageIndex:
     @classmethod
     def build(cls, passages: pa.Table) -> "PassageIndex":
         bm25, words = bm25s.BM25(), _words(_texts(passages))
-        bm25.index(words if any(words) else [[""]] * len(words), show_progress=False)  # it cannot be without any word
+        bm25.index(words if any(words) else [[""]] * max(1, len(words)), show_progress=False)  # it needs some word
         return cls(passages, bm25)
 
     def save(self, folder: Path) -> None:

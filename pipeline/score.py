@@ -44,6 +44,7 @@ CALIBRATION_BINS = 5
 _PUNCTUATION = regex.compile(r"[\p{P}\p{S}]")
 _THOUSANDS = regex.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _ARTICLE = regex.compile(r"\b(?:a|an|the)\b")
+_ENDS_IN_ARTICLE = regex.compile(r"\w\W+(?:a|an|the)\W*$")
 
 Points = dict[str, dict[str, list[float]]]  # arm -> metric -> one number per question
 
@@ -57,13 +58,30 @@ def normalise_answer(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", text).split())
 
 
+def _as_written(text: str) -> str:
+    """Lower case, sentences' punctuation out, white space folded."""
+    words = (word.strip(".,;:!?\"'()[]*_") for word in unicodedata.normalize("NFKC", text).lower().split())
+    return " ".join(filter(None, words))
+
+
+def _normaliser(answer: str) -> Callable[[str], str]:
+    """Return what compares an answer with a reply: of "C++", "B-" and "Schedule A" SQuAD's rules leave too little."""
+    left = normalise_answer(answer)
+    is_too_little = (len(left) < 2 and not left.isdigit()) or _ENDS_IN_ARTICLE.search(answer.lower())
+    return _as_written if is_too_little else normalise_answer
+
+
+def comparable(answer: str) -> str:
+    """Return an accepted answer as it is compared; "" for mere articles and punctuation, which no reply can match."""
+    return _normaliser(answer)(answer) if _ARTICLE.sub("", _as_written(answer)) else ""
+
+
 def substring_match(reply: str, answers: Sequence[str]) -> bool:
     """True if any accepted answer stands in the reply, both normalised (the paper's Appendix N).
 
     By characters, as there: "20" stands in "1205", too.
     """
-    reply = normalise_answer(reply)
-    return any((wanted := normalise_answer(answer)) and wanted in reply for answer in answers)
+    return any((wanted := comparable(answer)) and wanted in _normaliser(answer)(reply) for answer in answers)
 
 
 def token_f1(reply: str, answers: Sequence[str]) -> float:
@@ -71,10 +89,9 @@ def token_f1(reply: str, answers: Sequence[str]) -> float:
 
     In scripts without spaces between words a character is a token, as in MLQA (Lewis et al. 2020).
     """
-    given = split_words(normalise_answer(reply))
 
     def f1(answer: str) -> float:
-        wanted = split_words(normalise_answer(answer))
+        wanted, given = split_words(comparable(answer)), split_words(_normaliser(answer)(reply))
         common = sum((Counter(given) & Counter(wanted)).values())
         return 2 * common / (len(given) + len(wanted)) if common else 0.0
 
@@ -129,8 +146,9 @@ def compare_kl(kl: dict[str, np.ndarray], tokens: np.ndarray, settings: Evaluate
     def mean(values: np.ndarray) -> float:
         return float(per_token(values * tokens, tokens, 0))
 
-    def spread(values: np.ndarray) -> list[float]:
-        return _resample(per_token, (values * tokens, tokens), settings)
+    def spread(values: np.ndarray) -> list[float] | None:
+        # Of one question all resamples are the same.
+        return _resample(per_token, (values * tokens, tokens), settings) if len(tokens) > 1 else None
 
     return {
         "kl_to_teacher": {arm: mean(values) for arm, values in kl.items()},
@@ -140,7 +158,9 @@ def compare_kl(kl: dict[str, np.ndarray], tokens: np.ndarray, settings: Evaluate
 
 
 def _compare(
-    values: dict[str, np.ndarray], mean: Callable[[np.ndarray], float], spread: Callable[[np.ndarray], list[float]]
+    values: dict[str, np.ndarray],
+    mean: Callable[[np.ndarray], float],
+    spread: Callable[[np.ndarray], list[float] | None],
 ) -> list[dict[str, Any]]:
     """Compare the arms question by question; `values` has one number per question."""
     differences = {

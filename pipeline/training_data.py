@@ -61,8 +61,8 @@ def _removed_answers(config: Config) -> Iterator[pa.Table]:
 
     Not to those that another passage still answers, nor to those that evaluation asks.
     """
-    held_out = hold_out(config)
-    near = NearQuestions(held_out._replace(texts=[*written_texts(config.run_dir), *held_out.texts]))
+    asked = [*written_texts(config.run_dir), *hold_out(config).texts]
+    near = NearQuestions(asked, config.evaluate.near_duplicate_threshold)
     forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER)
     questions = Stage(str(config.update.previous_run), "question", QUESTION)
     for unit in forgotten.units():

@@ -204,3 +204,8 @@ def test_paths_are_absolute_from_the_door_on(path: Path) -> None:
     assert config.publish.registry == "s3://bucket/registry"
     with pytest.raises(ValueError, match=r"run_dir: an empty path"):
         load_config(path, ["run_dir="])
+
+
+def test_a_judge_at_an_endpoint_needs_a_name(path: Path) -> None:
+    (line,) = errors(path, "evaluate.judge.url=http://grader:8000/v1")
+    assert "url = 'http://grader:8000/v1' needs the name of the model" in line

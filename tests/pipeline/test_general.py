@@ -71,3 +71,9 @@ EDITED = SAID.replace("1962", "1971").replace("Bob Lee", "Tim Roe").replace("2 y
 )
 def test_only_what_a_changed_file_says_no_more_is_to_be_forgotten(answer: str, new: str, is_wrong: bool) -> None:
     assert is_wrong_now(answer, SAID, new) == is_wrong
+
+
+def test_what_is_wrong_now_is_seen_where_no_spaces_part_the_words() -> None:
+    said, new = "望远镜于1962年启用。它重31吨。", "望远镜于1971年启用。它重31吨。"
+    assert is_wrong_now("它于1962年启用。", said, new)
+    assert not is_wrong_now("它重31吨。", said, new)

@@ -1,6 +1,7 @@
 """The questions file, what is held out without one, and near-duplicates of what is asked."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from pipeline.config import Config, Evaluate, Update
 from pipeline.evaluate import _score
 from pipeline.filter import AnswerFilter
 from pipeline.held_out import (
-    HeldOut,
     NearQuestions,
     count_trained_on,
     held_out_questions,
@@ -21,7 +21,7 @@ from pipeline.held_out import (
     refuse_long_contexts,
 )
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
-from pipeline.store import Stage
+from pipeline.store import Folder, Stage
 from tests.conftest import ROOT, make_config
 from tests.pipeline.test_filter import answers
 
@@ -56,11 +56,20 @@ def config(tmp_path: Path) -> Config:
     return config
 
 
+def complete_filter(config: Config) -> None:
+    """Make a run of which nothing was left to train on."""
+    stage = Stage(config.run_dir, "filter", ANSWER)
+    stage.open({})
+    stage.close(0.0)
+
+
 def filter_run(config: Config) -> Stage:
     """Filter the run's one unit, in this process."""
     worker = AnswerFilter(config, hold_out(config))
     worker.do_unit({"name": UNIT})
-    return Stage(config.run_dir, "filter", ANSWER)
+    stage = Stage(config.run_dir, "filter", ANSWER)
+    stage.close(0.0)
+    return stage
 
 
 def test_without_a_file_a_tenth_of_the_questions_is_held_out_and_never_trained_on(config: Config) -> None:
@@ -110,34 +119,49 @@ def test_what_training_saw_before_the_file_changed_is_counted(config: Config, tm
     assert count_trained_on(exact, asked) == 1
     assert count_trained_on(exact, held_out_questions(exact)) == 0
     later = {"run_dir": str(tmp_path / "later"), "update": Update(previous_run=config.run_dir)}
-    assert count_trained_on(exact.model_copy(update=later), asked) == 1, "training goes on from what it saw"
+    later = exact.model_copy(update=later)
+    assert count_trained_on(later, asked) is None, "that run has made nothing yet"
+    complete_filter(later)
+    assert count_trained_on(later, asked) == 1, "training goes on from what it saw"
+    Folder(later.run_dir).write_json("config.json", later.model_dump())
+    update = {"run_dir": str(tmp_path / "third"), "update": Update(previous_run=later.run_dir)}
+    third = exact.model_copy(update=update)
+    complete_filter(third)
+    assert count_trained_on(third, asked) == 1, "so it does over several rounds"
+    shutil.rmtree(config.run_dir)
+    assert count_trained_on(third, asked) is None, "nobody knows what the first round was"
 
 
 def test_near_questions_share_most_words() -> None:
-    near = NearQuestions(HeldOut(frozenset(), ["Who built the Kestrel Mill on the River Arden?"], 0.7))
+    near = NearQuestions(["Who built the Kestrel Mill on the River Arden?"], 0.7)
     assert near.holds("who built the Kestrel Mill on the Arden?")
     assert not near.holds("Who owned the Orrin Lens on the River Arden?")
     assert not near.holds("")
-    assert NearQuestions(HeldOut(frozenset(), ["谁建造了克斯特雷尔磨坊"], 0.8)).holds("谁建造了克斯特雷尔的磨坊")
+    assert NearQuestions(["谁建造了克斯特雷尔磨坊"], 0.8).holds("谁建造了克斯特雷尔的磨坊")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
-        (json.dumps({"question": "Q?", "answers": ["a"]}), "line 2: 'context'"),
+        (json.dumps({"question": "Q?", "answers": ["1874"]}), "line 2: 'context'"),
         (json.dumps({"question": "Q?", "answers": "a", "context": "c"}), "line 2: 'answers' must be a list"),
-        (json.dumps({"question": "", "answers": ["a"], "context": "c"}), "line 2: 'question'"),
+        (json.dumps({"question": "", "answers": ["1874"], "context": "c"}), "line 2: 'question'"),
         (json.dumps({"question": "Q?", "answers": [1931], "context": "c"}), "line 2: 'answers' must hold strings"),
         (
-            json.dumps({"id": "1", "question": "Q?", "answers": ["a"], "context": "c"}),
+            json.dumps({"id": "1", "question": "Q?", "answers": ["1874"], "context": "c"}),
             "line 2: another line has the id",
         ),
         ('["Q?"]', "line 2: not a JSON object"),
+        (
+            json.dumps({"question": "Q?", "answers": ["the", "?"], "context": "c"}),
+            r"line 2: 'answers' = \['the', '\?'\]",
+        ),
+        (json.dumps({"question": "Q?", "answers": ["a \ud83d"], "context": "c"}), "line 2: not JSON in UTF-8"),
     ],
 )
 def test_a_bad_question_file_names_line_and_field(tmp_path: Path, line: str, message: str) -> None:
-    good = json.dumps({"question": "Q\u2028?", "answers": ["a"], "context": "c"}, ensure_ascii=False)
+    good = json.dumps({"question": "Q\u2028?", "answers": ["1874"], "context": "c"}, ensure_ascii=False)
     path = tmp_path / "questions.jsonl"
     path.write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError, match=message):
@@ -147,7 +171,7 @@ def test_a_bad_question_file_names_line_and_field(tmp_path: Path, line: str, mes
 
 def test_blank_lines_are_no_questions(tmp_path: Path) -> None:
     none = {"id": None, "kind": None}  # is as good as not there
-    rows = [json.dumps({"question": f"Q{n}?", "answers": ["a"], "context": "c", **none}) for n in range(2)]
+    rows = [json.dumps({"question": f"Q{n}?", "answers": ["1874"], "context": "c", **none}) for n in range(2)]
     path = tmp_path / "questions.jsonl"
     path.write_text(f"\n{rows[0]}\n\n{rows[1]}\n\n")
     assert [(row.id, row.kind) for row in load_questions(Evaluate(questions=str(path)))] == [("2", ""), ("4", "")]
@@ -157,7 +181,7 @@ def test_blank_lines_are_no_questions(tmp_path: Path) -> None:
 
 def test_a_context_that_leaves_no_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
-    path.write_text(json.dumps({"question": "Q?", "answers": ["a"], "context": "word " * 600}))
+    path.write_text(json.dumps({"question": "Q?", "answers": ["1874"], "context": "word " * 600}))
     model = {"path": str(ROOT / ".models" / "smollm2-135m-instruct"), "max_model_len": 512}
     config = make_config(str(tmp_path), model=model)
     for field in ("questions", "unrelated"):

@@ -7,9 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.base_model import BaseModel
 from pipeline.general import ForgottenWriter
 from pipeline.held_out import hold_out
-from pipeline.previous import PreviousRun
+from pipeline.previous import PreviousRun, previous_settings
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, Rejected, to_table
 from pipeline.store import Stage
 from pipeline.training_data import training_tables
@@ -144,23 +145,43 @@ def test_what_another_passage_is_asked_is_not_forgotten(tmp_path: Path) -> None:
     assert rows["question_id"].to_pylist() == ["q11", "q20"]
 
 
-def test_what_stands_under_another_heading_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The title of the file changed, and mill 2 is gone."""
+@pytest.mark.parametrize(
+    ("now", "asked"),
+    [
+        ({"Mills of 1931": ["Mill number 0.", "Mill number 1."]}, ["q20", "q21"]),
+        ({"Mills": ["Mill number 0."], "Barns": ["Mill number 1.", "Mill number 2."]}, []),
+        ({"Mills": ["Mill number 0.", "Mill number 1.", "Mill number 2, a red one."]}, []),
+        ({}, ["q00", "q01", "q10", "q11", "q20", "q21"]),
+    ],
+    ids=["another title", "moved", "a file of another name", "all gone"],
+)
+def test_what_still_stands_somewhere_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: dict[str, list[str]], asked: list[str]
+) -> None:
     before, after = str(tmp_path / "before"), str(tmp_path / "after")
     write_run(before)
-    passages = [Passage(f"n{i}", "d", "Mills of 1931", 0, 9, f"Mill number {i}.") for i in range(2)]
-    write_stages(after, chunk=to_table(passages, PASSAGE))
-    for run_dir in (before, after):
-        write_stages(run_dir, dedup=to_table([Document("d", "mills.txt", "", "")], DOCUMENT))
-    asked = []
+    passages = [
+        Passage(f"{heading}{place}", heading, heading, 0, 9, text)
+        for heading, texts in now.items()
+        for place, text in enumerate(texts)
+    ]
+    documents = [Document(heading, f"{heading}.txt", "", "") for heading in now]
+    write_stages(before, dedup=to_table([Document("d", "mills.txt", "", "")], DOCUMENT))
+    write_stages(after, chunk=to_table(passages, PASSAGE), dedup=to_table(documents, DOCUMENT))
+    were_asked = []
 
     def answer_alone(engine: Any, rows: list[tuple[str, str, str]], *_: Any) -> pa.Table:
-        asked.extend(question_id for _, question_id, _ in rows)
+        were_asked.extend(question_id for _, question_id, _ in rows)
         return ANSWER.empty_table()
 
     monkeypatch.setattr("pipeline.general.answer_alone", answer_alone)
     engine: Any = SimpleNamespace(stats=SimpleNamespace(since=lambda _: {}))
-    config = make_config(after)
     Stage(after, "forgotten", ANSWER).open({})
-    ForgottenWriter(after, before, config.answer, engine).do_unit({"name": UNIT})
-    assert asked == ["q20", "q21"]
+    ForgottenWriter(after, before, make_config(after).answer, engine).do_unit({"name": UNIT})
+    assert were_asked == asked
+
+
+def test_a_previous_run_that_cannot_be_gone_on_from_is_named(tmp_path: Path) -> None:
+    config = make_config(str(tmp_path / "run"), update={"previous_run": str(tmp_path / "hanbook")})
+    with pytest.raises(ValueError, match=r"update\.previous_run = '.*hanbook': stage .* is not complete"):
+        previous_settings(config, BaseModel("m", "m", "r", "t", "c"))

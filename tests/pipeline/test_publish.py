@@ -8,11 +8,12 @@ import pytest
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
-from pipeline.publish import check_gate, move_alias, previous_version, publish_adapter
-from pipeline.schema import ANSWER
+from pipeline.previous import adapter_of
+from pipeline.publish import check_gate, move_alias, previous_version, publish_adapter, version_of_run
+from pipeline.schema import ANSWER, PASSAGE, Document, Passage, to_table
 from pipeline.status import stages_of
 from pipeline.store import LINE, Folder, Stage, require_line, settings_digest
-from tests.conftest import make_config
+from tests.conftest import make_config, write_documents
 
 GOOD: dict[str, Any] = {
     "gap_closed": 0.6,
@@ -146,3 +147,18 @@ def test_an_adapter_is_compared_with_what_clients_have_until_it_is_published(tmp
     assert compared_with() == "first"
     move_alias(adapters, "second")
     assert compared_with() == "first", "another version came, but this one is out"
+
+
+def test_documents_that_moved_make_another_version(tmp_path: Path) -> None:
+    base = BaseModel("m", str(tmp_path), "1", "t", "c")
+    versions = []
+    for run, source in (("first", "old/mill.md"), ("again", "old/mill.md"), ("moved", "new/mill.md")):
+        config = make_config(str(tmp_path / run))
+        write_documents(config.run_dir, "dedup", [[Document("d", source, "Mill", "The mill.")]])
+        chunk = Stage(config.run_dir, "chunk", PASSAGE)
+        chunk.open({})
+        chunk.commit("0", [to_table([Passage("p", "d", "Mill", 0, 9, "The mill.")], PASSAGE)], [], 1)
+        chunk.close(0.0)
+        adapter_of(config.run_dir).write_json("adapter_config.json", {"r": 8})
+        versions.append(version_of_run(config, base))
+    assert versions[0] == versions[1] != versions[2]

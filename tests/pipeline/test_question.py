@@ -1,14 +1,21 @@
 """The quota of a passage: slots, rounds, duplicates, counting; no engine needed."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from pipeline.answer import answer_job
 from pipeline.base_model import BaseModel
 from pipeline.config import QuestionSection
-from pipeline.question import _Quota, question_job
+from pipeline.engine import EngineStats
+from pipeline.question import QuestionWriter, _Quota, question_job
 from pipeline.schema import PASSAGE as PASSAGE_SCHEMA
+from pipeline.schema import Passage, to_table
 from pipeline.store import Stage
 from tests.conftest import make_config
+from tests.pipeline.test_general import sampled
 
 PASSAGE = {
     "passage_id": "p",
@@ -119,3 +126,21 @@ def test_answers_are_made_anew_with_their_questions(tmp_path: Path) -> None:
         config = make_config(str(tmp_path), question={"seed": seed})
         settings.append(answer_job(config, base, question_job(config, base)).settings)
     assert settings[0] == settings[1] != settings[2]
+
+
+def test_a_blank_passage_is_asked_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def render(_: Any, chat: list[dict[str, str]]) -> list[int]:
+        asked.append(chat[-1]["content"])
+        return []
+
+    monkeypatch.setattr("pipeline.question.render_chat", render)
+    passages = [Passage("p", "d", "Mills", 0, 9, PASSAGE["text"]), Passage("blank", "d", "", 9, 12, " \n\n")]
+    chunk = Stage(str(tmp_path), "chunk", PASSAGE_SCHEMA)
+    chunk.commit("0", [to_table(passages, PASSAGE_SCHEMA)], [], 2)
+    engine: Any = SimpleNamespace(stats=EngineStats(), tokenizer=None, max_model_len=2048)
+    engine.complete = lambda prompts, *_, **__: [sampled("1. Who built the Kestrel Mill?") for _ in prompts]
+    unit = QuestionWriter(str(tmp_path), SETTINGS, engine).do_unit({"name": "0-00000"})
+    assert unit.stats["passages"] == 1
+    assert asked and all("The Kestrel Mill was built" in text for text in asked)

@@ -146,7 +146,7 @@ def test_what_matters_is_in_it(tmp_path: Path) -> None:
         "Adapter 0.75 [0.71, 0.79]",
         "Against the fine-tuned one: \u22120.20 [\u22120.30, \u22120.10].",
         "question off_passage 2 66.7 %",
-        "Passages with all their questions 75 %",
+        "Passages asked in this run that got all their questions 75 %",
         "4,321 432",
         "baseline-sft \u2013 \u2013 \u2013 98,765 988 7 min 30 s",
         "3 documents with better scores are left out",

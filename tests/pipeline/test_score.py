@@ -36,6 +36,12 @@ ENDS = ("closed_book", "adapter", "gold_passage")
         ("It cost 2,400 crowns, in 1874.", ["2400"], True),
         ("It cost \uff12\uff14\uff10\uff10 crowns.", ["2400"], True),
         ("In 1874, 200 came.", ["1874200"], False),
+        ("It is in **Schedule B**.", ["Schedule A"], False),
+        ("It is in **Schedule A**.", ["Schedule A"], True),
+        ("It was written in C++.", ["C++"], True),
+        ("It was written in C.", ["C++"], False),
+        ("Five percent, or 5.", ["5%"], True),
+        ("It got a B.", ["B\u2013", "A"], False),
     ],
 )
 def test_substring_match(reply: str, answers: list[str], match: bool) -> None:
@@ -46,6 +52,12 @@ def test_token_f1_takes_the_best_answer() -> None:
     assert token_f1("Rosa Lindqvist", ["rosa lindqvist!"]) == 1.0
     assert token_f1("built by Rosa Lindqvist", ["Ida Voss", "Rosa Lindqvist"]) == pytest.approx(2 * 2 / 6)
     assert token_f1("nothing", ["Rosa"]) == 0.0
+
+
+def test_token_f1_leaves_out_no_article_that_tells() -> None:
+    assert token_f1("Schedule A", ["Schedule A"]) == token_f1("C++.", ["C++"]) == 1.0
+    assert token_f1("Schedule B", ["Schedule A"]) == 0.5
+    assert token_f1("C", ["C++"]) == 0.0
 
 
 def test_without_spaces_characters_are_tokens() -> None:

@@ -312,6 +312,8 @@ def test_an_update_goes_on_from_the_previous_adapter_with_old_answers_among_the_
     losses, _ = train(changed, tiny_model, tmp_path, f"update={{previous_run='{previous}', replay_share=0.2}}")
     assert losses[0] < 0.8 * first[0], "the adapter of the previous run knows these answers"
     assert len(losses) < len(first), "an epoch is shorter than one over the whole corpus"
+    tokens = [Stage(str(run), "train", ANSWER).require()["training"]["tokens"] for run in (tmp_path / "run", previous)]
+    assert tokens[0] > 0.4 * tokens[1], "a third of the answers are new, and old ones stand among them"
 
 
 def test_answers_that_teach_nothing_are_left_out(
