@@ -102,6 +102,17 @@ def test_a_cluster_out_of_reach_is_an_error_of_one_line(
     assert capsys.readouterr().err == "error: ConnectionError: nothing listens at head:6379\n"
 
 
+def test_who_interrupts_a_run_is_told_that_it_goes_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.__main__, "_command", command)
+    assert pipeline.__main__.main(["run", str(path)]) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+
+
 def test_what_must_be_chosen_has_no_default(tmp_path: Path) -> None:
     path = tmp_path / "empty.toml"
     path.write_text("[model]\n[publish]\n")

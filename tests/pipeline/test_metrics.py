@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.raylets import empty_cluster, until
+from benchmarks.raylets import empty_cluster, free_port, until
 from pipeline import metrics
 from pipeline.schema import DOCUMENT
 from pipeline.store import Stage, Unit
@@ -54,9 +53,7 @@ def test_a_runs_figures_arrive_at_ray_s_metrics_port_and_in_its_logs(tmp_path: P
         publish = {{ registry = "{tmp_path}/registry", name = "test" }}
         """
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with empty_cluster() as cluster:
         cluster.start_head(2, f"--metrics-export-port={port}", RAY_metrics_report_interval_ms="1000")
         subprocess.run(

@@ -26,7 +26,7 @@ from pipeline.config import load_config
 from pipeline.engine import load_tokenizer
 from pipeline.prompts import normalise
 from pipeline.schema import ANSWER, PASSAGE, QUESTION
-from pipeline.store import Stage
+from pipeline.store import Folder, Stage
 from tests.conftest import rows
 from tests.pipeline.test_parse import BAD
 from tests.serve.conftest import endpoint
@@ -214,6 +214,9 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
     assert counts["rejected"]["dedup"] == {"duplicate": 1}
     assert result["training"]["last_loss"] < result["training"]["first_loss"]
     assert result["kl_to_teacher"]["adapter"] < result["kl_to_teacher"]["closed_book"]
+    line = json.loads((folder / "run" / "evaluate" / "answers.jsonl").read_text().splitlines()[0])
+    sure = {line[arm]["confidence"] for arm in ("closed_book", "adapter", "raw_text")}
+    assert len(sure) == 3, "the engine has every arm's own adapter"
     assert 0 < result["tail_mass"] < 1 and result["bytes_per_answer_token"] > 0
 
 
@@ -385,6 +388,15 @@ def test_a_second_round_asks_other_questions(finished: tuple[Path, dict, Path], 
     assert answered == {row["question_id"] for row in questions}
 
 
+def test_a_plan_comes_from_a_sample(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:
+    _, result, config = finished
+    plan, err = finish(config, "plan", f"run_dir={tmp_path}/run")
+    assert f"plan: from {plan['sampled_passages']} of {plan['passages']} passages" in err
+    assert plan["passages"] == result["counts"]["passages"] == plan["sampled_passages"]
+    assert plan["questions"] and plan["trained_tokens"] and plan["bytes"]
+    assert {"read", "question", "answer", "general", "filter", "train", "evaluate"} <= plan["seconds"].keys()
+
+
 def test_status_reads_the_run(finished: tuple[Path, dict, Path]) -> None:
     status, _ = finish(finished[2], "status")
     assert all(stage["state"] == "complete" for stage in status["stages"].values())
@@ -418,6 +430,12 @@ def test_bad_input_gets_one_message(
     before = digests(folder)
     assert message in fail(config, command, override)
     assert digests(folder) == before
+
+
+def test_a_second_process_on_a_run_is_refused(finished: tuple[Path, dict, Path]) -> None:
+    folder, _, config = finished
+    with Folder(str(folder / "run")).hold():
+        assert "is being worked on by another process" in fail(config, "report")
 
 
 def test_a_model_without_chat_template_is_refused(finished: tuple[Path, dict, Path], tmp_path: Path) -> None:

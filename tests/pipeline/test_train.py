@@ -23,7 +23,7 @@ from benchmarks.raylets import WORKER, empty_cluster, until
 from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
 from pipeline.batch import AnswerData, Packed, plan_run
-from pipeline.config import load_config
+from pipeline.config import Train, load_config
 from pipeline.engine import Completion, load_tokenizer, render_chat
 from pipeline.filter import filter_answers
 from pipeline.previous import previous_settings
@@ -314,6 +314,12 @@ def test_an_update_goes_on_from_the_previous_adapter_with_old_answers_among_the_
     assert len(losses) < len(first), "an epoch is shorter than one over the whole corpus"
     tokens = [Stage(str(run), "train", ANSWER).require()["training"]["tokens"] for run in (tmp_path / "run", previous)]
     assert tokens[0] > 0.4 * tokens[1], "a third of the answers are new, and old ones stand among them"
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
+    loop: Any = object.__new__(TrainLoop)
+    loop.settings, loop.plan = Train(warmup_share=0.2), [[]] * 10
+    assert [loop._schedule(step) for step in (0, 1, 2, 6, 9, 10)] == [0.5, 1.0, 1.0, 0.5, 0.125, 0.0]
 
 
 def test_answers_that_teach_nothing_are_left_out(

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.random_adapters import publish_random_adapters
-from benchmarks.raylets import DEADLINE_S
+from benchmarks.raylets import DEADLINE_S, free_port
 from pipeline.config import Lora
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.prompts import student_chat
@@ -67,9 +66,7 @@ def registry(published: Published, tmp_path: Path) -> Registry:
 @contextlib.contextmanager
 def endpoint(config: Path, *overrides: str) -> Iterator[str]:
     """Run `python -m serve` until the block ends; yield its URL once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "serve", str(config), f"serve.port={port}", *overrides],
         cwd=ROOT,

@@ -79,6 +79,8 @@ def test_rollbacks_go_further_back_each_time(
         write_version(registry.folder / "ada", version, BASE, contents, probe=None)
         run(capsys, config, "alias", f"ada@{version}")
     assert [run(capsys, config, "rollback", "ada")["version"] for _ in range(3)] == [second, first.version, third]
+    run(capsys, config, "retire", f"ada@{second}")
+    assert run(capsys, config, "rollback", "ada")["version"] == first.version, "a retired one is passed over"
 
 
 def test_a_key_is_shown_once(

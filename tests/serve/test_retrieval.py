@@ -101,3 +101,6 @@ def test_a_question_finds_its_corpus(registry: Registry) -> None:
     assert vague is None or vague[1] < mill[1] / 2
     assert route("Where is the Orrin Lens?", frozenset({"mills"})) is None
     assert route("zebra") is None
+    only = frozenset({registry.resolve("mills")})
+    assert corpora.route("Where is the Orrin Lens?", only, every) is None, "it is live no more"
+    assert route("Where is the Orrin Lens?") == lens
