@@ -26,10 +26,10 @@ import pyarrow as pa
 from benchmarks.faulty_bucket import FaultyBucket, faulty_bucket
 from benchmarks.raylets import ENGINE, LocalCluster, local_cluster, title, until
 from benchmarks.record import ROOT, claim, save
-from pipeline.schema import ANSWER, QUESTION, digest
+from pipeline.schema import digest
 from pipeline.store import Stage
 
-SCHEMAS = {"question": QUESTION, "answer": ANSWER, "general": ANSWER}
+STAGES = ("question", "answer", "general")
 _TEXT = (
     "mill wheel river stone barley flood lens mirror tower canal bridge harbour engine copper timber glass garden "
     "orchard market castle quarry furnace lantern compass anchor saddle cellar kettle hammer needle ribbon candle "
@@ -157,7 +157,7 @@ class Disturbance:
         self, cluster: LocalCluster, log: Path, command: list[str], run_dir: str, size: Size, seed: int
     ) -> None:
         self._cluster, self._log, self._command = cluster, log, command
-        self._stages = {name: Stage(run_dir, name, schema) for name, schema in SCHEMAS.items()}
+        self._stages = {name: Stage(run_dir, name) for name in STAGES}
         self._random = random.Random(seed)
         self._size = size
         self._driver = start(cluster, log, *command)
@@ -225,28 +225,28 @@ def digests(stage: Stage, shards: list[str]) -> dict[str, str]:
 
 def all_digests(run_dir: str) -> dict[str, str]:
     """Return the digests of all committed shards by stage and name."""
-    stages = [Stage(run_dir, name, schema) for name, schema in SCHEMAS.items()]
+    stages = [Stage(run_dir, name) for name in STAGES]
     return {name: value for stage in stages for name, value in digests(stage, stage.shards()).items()}
 
 
 def ids(run_dir: str) -> Counter[str]:
     """Return how often every id of a row or a rejected row is there."""
     found: Counter[str] = Counter()
-    for name, schema in SCHEMAS.items():
-        stage = Stage(run_dir, name, schema)
+    for name in STAGES:
+        stage = Stage(run_dir, name)
         for shard in stage.shards():
-            found.update(f"{name} {row}" for row in stage.read_shard(shard, [schema.names[0]])[0].to_pylist())
+            found.update(f"{name} {row}" for row in stage.read_shard(shard, [stage.schema.names[0]])[0].to_pylist())
         found.update(f"{name} rejected {row}" for row in stage.read_rejected()["record_id"].to_pylist())
     return found
 
 
 def counted(run_dir: str) -> bool:
     """True if the manifests' totals are those of the rows, and rows in = rows out + rejected."""
-    for name, schema in SCHEMAS.items():
-        stage = Stage(run_dir, name, schema)
+    for name in STAGES:
+        stage = Stage(run_dir, name)
         manifest = stage.require()
         rejected: pa.Table = stage.read_rejected()
-        rows = sum(stage.read_shard(shard, [schema.names[0]]).num_rows for shard in stage.shards())
+        rows = sum(stage.read_shard(shard, [stage.schema.names[0]]).num_rows for shard in stage.shards())
         if manifest["rows_in"] != rows + rejected.num_rows or manifest["rows_out"] != rows:
             return False
     return True
@@ -274,13 +274,13 @@ def measure(size: Size, engines: int, bucket: FaultyBucket | None, seed: int, fo
     expected, found = ids(calm), ids(seen)
     undisturbed, after = all_digests(calm), all_digests(seen)
     kills = disturbance.kills
-    manifests = {name: Stage(seen, name, schema).require() for name, schema in SCHEMAS.items()}
+    manifests = {name: Stage(seen, name).require() for name in STAGES}
     return {
         "kills": dict(Counter(kill["kind"] for kill in kills)),
         "failed_drivers": disturbance.failed_drivers,
         "nodes_with_engines": nodes,
         "seconds": seconds,
-        "units": len(Stage(calm, "answer", ANSWER).committed()),
+        "units": len(Stage(calm, "answer").committed()),
         "units_in_work_when_killed": sum(kill["units_in_work"] for kill in kills),
         "rows": {name: manifest["rows_out"] for name, manifest in manifests.items()},
         "rejected": {name: manifest["rejected"] for name, manifest in manifests.items()},

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, load_config
-from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.stage import CODE
 from pipeline.store import Folder, Stage
 
@@ -144,8 +143,8 @@ def run_branch(
 def load_written(path: str, overrides: Sequence[str]) -> Config:
     """Load the config of a run whose answers are written and filtered; say what to run first if they are not."""
     config = load_config(path, list(overrides))
-    for name, schema in (("chunk", PASSAGE), ("question", QUESTION), ("answer", ANSWER), ("filter", ANSWER)):
-        if Stage(config.run_dir, name, schema).manifest() is None:
+    for name in ("chunk", "question", "answer", "filter"):
+        if Stage(config.run_dir, name).manifest() is None:
             sys.exit(f"{Folder(config.run_dir)} has no complete {name} stage; first: python -m pipeline run {path}")
     return config
 

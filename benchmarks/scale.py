@@ -35,7 +35,6 @@ from pipeline.config import Config, Sampling, load_config
 from pipeline.engine import Completion, EngineStats
 from pipeline.question import question_job
 from pipeline.read import read_documents
-from pipeline.schema import ANSWER, PASSAGE
 from pipeline.stage import Actors, only, ray_session, run_stages, watching
 from pipeline.store import Stage
 
@@ -183,7 +182,7 @@ def run_line(options: argparse.Namespace, request: dict[str, Any]) -> dict[str, 
         mark("chunk")
         write_passages(config, NODES, TOKENS_PER_S)
         mark("question, answer")
-    manifests = {name: Stage(config.run_dir, name, PASSAGE).require() for name in (*STAGES, "answer")}
+    manifests = {name: Stage(config.run_dir, name).require() for name in (*STAGES, "answer")}
     keys = ("rows_in", "rows_out", "rejected", "bytes", "seconds")
     return {"seconds": seconds, "stages": {name: {key: m[key] for key in keys} for name, m in manifests.items()}}
 
@@ -191,7 +190,7 @@ def run_line(options: argparse.Namespace, request: dict[str, Any]) -> dict[str, 
 def run_gain(options: argparse.Namespace, request: dict[str, Any]) -> dict[str, Any]:
     """One driver: question and answer with some actors of slow stand-ins; units per second of the second half."""
     config = make_config(options, request["run_dir"], ["unused"], request["address"])
-    given, chunk = Stage(request["given"], "chunk", PASSAGE), Stage(config.run_dir, "chunk", PASSAGE)
+    given, chunk = Stage(request["given"], "chunk"), Stage(config.run_dir, "chunk")
     chunk.open({})
     for number, shard in zip(range(request["passages"] // config.chunk.shard_passages), given.shards(), strict=False):
         table = given.read_shard(shard)
@@ -202,7 +201,7 @@ def run_gain(options: argparse.Namespace, request: dict[str, Any]) -> dict[str, 
     folder = Path(config.run_dir, "answer", "units")
     ends = sorted(file.stat().st_mtime for file in folder.iterdir())
     warm = len(ends) // 2  # the start of the actors is left out
-    seconds = sum(Stage(config.run_dir, name, ANSWER).require()["seconds"] for name in ("question", "answer"))
+    seconds = sum(Stage(config.run_dir, name).require()["seconds"] for name in ("question", "answer"))
     rate = (len(ends) - warm) / (ends[-1] - ends[warm - 1])
     return {"units": len(ends), "units_per_s": rate, "seconds_with_start": round(seconds, 1)}
 

@@ -60,7 +60,7 @@ def main() -> None:
     config = load_written(options.config, options.overrides)
     repeats, rescored = (2, 8) if options.quick else (5, 96)
     torch.set_num_threads(config.cluster.worker_cpus)
-    stage = Stage(config.run_dir, "answer", ANSWER)
+    stage = Stage(config.run_dir, "answer")
     stored = pa.concat_tables(map(stage.read_shard, stage.shards())).combine_chunks()
     exact = rescore(config, stored.slice(0, rescored))
     tables = {f"stored k={config.answer.top_k}": stored}
@@ -156,7 +156,7 @@ def rescore(config: Config, answers: pa.Table) -> Exact:
 
 def measure_store(folder: str, name: str, table: pa.Table, repeats: int) -> dict[str, Any]:
     """Send a table through the store: commit a unit, read it back, and pick single answers as training does."""
-    stage = Stage(folder, name.replace(" ", "-"), ANSWER)
+    stage = Stage(folder, name.replace(" ", "-"))
     result = measure(
         table,
         repeats,

@@ -40,7 +40,6 @@ from pipeline.base_model import load_base_model
 from pipeline.batch import AnswerData, samples_of
 from pipeline.config import Config
 from pipeline.resources import KEEP_MEMORY
-from pipeline.schema import ANSWER
 from pipeline.store import Stage
 
 OURS, TRL = ("stored", "sft", "online"), ("trl_sft", "trl_gkd")
@@ -146,7 +145,7 @@ def train_ours(config: Config, request: dict[str, Any]) -> dict[str, Any]:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(free_port())
         with tempfile.TemporaryDirectory() as folder:
-            loop = TrainLoop(config, load_base_model(config.model.path), Stage(folder, "train", ANSWER))
+            loop = TrainLoop(config, load_base_model(config.model.path), Stage(folder, "train"))
         assert not loop.is_refused, "student and stored teacher differ; `python -m pipeline train` says where"
         result["loaded_mb"] = memory_mb()
         dtype = next(iter(loop.trainable.values())).dtype

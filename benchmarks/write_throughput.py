@@ -35,7 +35,7 @@ from pipeline.engine import engine_arguments, load_tokenizer, render_chat
 from pipeline.prompts import teacher_chat
 from pipeline.question import question_job
 from pipeline.resources import KEEP_MEMORY, compute_dtype
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, seed_of
+from pipeline.schema import seed_of
 from pipeline.store import Stage
 
 # There and back, so that a machine that slows down does it to both.
@@ -118,7 +118,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def chosen(config: Config, count: int) -> tuple[pa.Table, list[pa.Table]]:
     """Return the run's passages, and two batches of its questions: a small one to warm up, and those that count."""
-    passages, questions = Stage(config.run_dir, "chunk", PASSAGE), Stage(config.run_dir, "question", QUESTION)
+    passages, questions = Stage(config.run_dir, "chunk"), Stage(config.run_dir, "question")
     table = pa.concat_tables(map(questions.read_shard, questions.shards()))
     batches = [table.slice(count, WARM_UP), table.slice(0, count)]
     assert [len(batch) for batch in batches] == [WARM_UP, count], f"{config.run_dir} has only {len(table)} questions"
@@ -149,12 +149,12 @@ def write_pipeline(config: Config, request: dict[str, Any]) -> dict[str, Any]:
         config = config.model_copy(update={"run_dir": folder})
         base = load_base_model(config.model.path)
         batches = [small, *[large] * request["passes"]]
-        chunk = Stage(folder, "chunk", PASSAGE)
+        chunk = Stage(folder, "chunk")
         chunk.open({})
         for number in range(len(batches)):
             chunk.commit(f"{number:06d}", [passages], [], len(passages))
         chunk.close(0)
-        question = Stage(folder, "question", QUESTION)
+        question = Stage(folder, "question")
         question.open(question_job(config, base).settings)
         for number, questions in enumerate(batches):
             question.commit(f"{number:06d}-00000", [questions], [], len(questions))
@@ -162,9 +162,9 @@ def write_pipeline(config: Config, request: dict[str, Any]) -> dict[str, Any]:
         with ray_session():
             only(write([config], base, stages=("answer",)))
         units = Path(folder, "answer", "units")
-        ends = [(units / f"{unit.name}.json").stat().st_mtime for unit in Stage(folder, "answer", ANSWER).units()]
+        ends = [(units / f"{unit.name}.json").stat().st_mtime for unit in Stage(folder, "answer").units()]
         assert ends == sorted(ends), "units were not answered in order"
-        stats = [unit.stats for unit in Stage(folder, "answer", ANSWER).units()]
+        stats = [unit.stats for unit in Stage(folder, "answer").units()]
     return {
         "dtype": compute_dtype(config.cluster.engine_gpus > 0),
         "passes": [

@@ -16,7 +16,6 @@ from pipeline.config import Config
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.loss import Labels
 from pipeline.prompts import student_chat, teacher_chat
-from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
 from pipeline.student import Student
 
@@ -31,10 +30,10 @@ class TeacherPrompts:
     def __init__(self, config: Config, units: Iterable[str] | None = None) -> None:
         """Load the passages and questions of some units of the filter stage; unset: of all."""
         self.tokenizer = load_tokenizer(config.model.path)
-        passages, questions = Stage(config.run_dir, "chunk", PASSAGE), Stage(config.run_dir, "question", QUESTION)
+        passages, questions = Stage(config.run_dir, "chunk"), Stage(config.run_dir, "question")
         self._passages: dict[str, dict[str, Any]] = {}
         self._questions: dict[str, str] = {}
-        for unit in Stage(config.run_dir, "filter", ANSWER).committed() if units is None else units:
+        for unit in Stage(config.run_dir, "filter").committed() if units is None else units:
             self._passages |= {row["passage_id"]: row for row in passages.read_shard(f"{unit}.parquet").to_pylist()}
             self._questions |= {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}
 
@@ -63,7 +62,7 @@ def check_alignment(config: Config, student: Student, device: torch.device) -> N
     Raises ValueError if the prompts differ, if the packed answer positions do not hold the answer, or if the base
     model with the passage in its prompt does not give the stored log-probabilities.
     """
-    filtered = Stage(config.run_dir, "filter", ANSWER)
+    filtered = Stage(config.run_dir, "filter")
     units = [unit.name for unit in filtered.units() if unit.rows_out]
     units = [units[index] for index in spaced(len(units))]
     data = pa.concat_tables(map(filtered.read_unit, units))

@@ -15,7 +15,7 @@ from pipeline.config import AnswerSection, Config
 from pipeline.engine import Completion, Engine, render_chat
 from pipeline.previous import PreviousRun
 from pipeline.prompts import prompts_digest, student_chat, teacher_chat
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
+from pipeline.schema import ANSWER, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit, settings_digest
 
@@ -23,7 +23,7 @@ from pipeline.store import Stage, Unit, settings_digest
 def answer_job(config: Config, base: BaseModel, questions: Job) -> Job:
     """Describe the stage; every unit needs the unit of the same name of the question stage."""
     return Job(
-        Stage(config.run_dir, "answer", ANSWER),
+        Stage(config.run_dir, "answer"),
         {
             "answer": config.answer.model_dump(),
             "max_model_len": config.model.max_model_len,
@@ -42,9 +42,9 @@ class AnswerWriter:
     """One unit is the questions about one shard of passages; those of a previous run keep theirs."""
 
     def __init__(self, run_dir: str, settings: AnswerSection, engine: Engine, previous_run: str | None = None) -> None:
-        self._passages = Stage(run_dir, "chunk", PASSAGE)
-        self._questions = Stage(run_dir, "question", QUESTION)
-        self._answers = Stage(run_dir, "answer", ANSWER)
+        self._passages = Stage(run_dir, "chunk")
+        self._questions = Stage(run_dir, "question")
+        self._answers = Stage(run_dir, "answer")
         self._settings = settings
         self._engine = engine
         self._previous = PreviousRun(previous_run)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from pipeline.config import Chunk, Config
 from pipeline.previous import PassagesBySource
 from pipeline.prompts import UNSPACED
-from pipeline.schema import DOCUMENT, PASSAGE, Document, Passage, digest, to_table
+from pipeline.schema import PASSAGE, Document, Passage, digest, to_table
 from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit
 
@@ -221,8 +221,8 @@ class ChunkWorker:
     """Splits the documents of one shard of `dedup`."""
 
     def __init__(self, run_dir: str, config: Chunk, tokenizer_path: str, previous_run: str | None) -> None:
-        self._input = Stage(run_dir, "dedup", DOCUMENT)
-        self._stage = Stage(run_dir, "chunk", PASSAGE)
+        self._input = Stage(run_dir, "dedup")
+        self._stage = Stage(run_dir, "chunk")
         self._splitter = Splitter(tokenizer_path, config.max_tokens)
         self._shard_passages = config.shard_passages
         self._before = PassagesBySource(previous_run) if previous_run else None
@@ -250,17 +250,17 @@ def chunk_documents(configs: list[Config], redo: bool = False) -> list[Any]:
 
 def chunk_job(config: Config) -> Job:
     """Describe the stage; it needs the complete stage `dedup`, and the tokenizer of the base model."""
-    documents = Stage(config.run_dir, "dedup", DOCUMENT)
+    documents = Stage(config.run_dir, "dedup")
     tokenizer = digest(Path(config.model.path, "tokenizer.json").read_bytes())
     settings: dict[str, Any] = config.chunk.model_dump() | {"tokenizer": tokenizer}
     previous_run, before = config.update.previous_run, {}
     if previous_run is not None:
-        manifest = Stage(previous_run, "chunk", PASSAGE).require()
+        manifest = Stage(previous_run, "chunk").require()
         # With another limit all is cut anew.
         if all(manifest["settings"][name] == settings[name] for name in ("max_tokens", "tokenizer")):
             before = {"previous": manifest["data_digest"]}
     return Job(
-        Stage(config.run_dir, "chunk", PASSAGE),
+        Stage(config.run_dir, "chunk"),
         settings | {"input": documents.require()["data_digest"]} | before,
         ({"name": f"{number:06d}", "shard": shard} for number, shard in enumerate(documents.shards())),
         ChunkWorker,

@@ -18,7 +18,7 @@ from datasketch import LeanMinHash, MinHash, MinHashLSH
 
 from pipeline.config import Config
 from pipeline.prompts import UNSPACED
-from pipeline.schema import DOCUMENT, Rejected
+from pipeline.schema import Rejected
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
@@ -34,9 +34,9 @@ def dedup_job(config: Config) -> Job:
     """Describe the stage; it needs the complete stage `read`."""
     run_dir, threshold = config.run_dir, config.read.near_duplicate_threshold
     return Job(
-        Stage(run_dir, "dedup", DOCUMENT),
+        Stage(run_dir, "dedup"),
         {
-            "input": Stage(run_dir, "read", DOCUMENT).require()["data_digest"],
+            "input": Stage(run_dir, "read").require()["data_digest"],
             "near_duplicate_threshold": threshold,
         },
         plan_units(run_dir, threshold),
@@ -49,8 +49,8 @@ class DedupWorker:
     """Copies a shard of `read` without the rows that the driver found to be duplicates."""
 
     def __init__(self, run_dir: str) -> None:
-        self._input = Stage(run_dir, "read", DOCUMENT)
-        self._stage = Stage(run_dir, "dedup", DOCUMENT)
+        self._input = Stage(run_dir, "read")
+        self._stage = Stage(run_dir, "dedup")
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:
         table = self._input.read_shard(unit["shard"])
@@ -64,7 +64,7 @@ class DedupWorker:
 
 def plan_units(run_dir: str, threshold: float | None) -> Iterator[dict[str, Any]]:
     """Yield a unit per shard of `read`: its rows to drop, each with the source of the row kept instead."""
-    stage = Stage(run_dir, "read", DOCUMENT)
+    stage = Stage(run_dir, "read")
     shards = stage.shards()
     starts, copies = _find_copies(stage, shards)
     near = np.empty((0, 2), np.int64) if threshold is None else _find_near(run_dir, shards, copies[:, 0], threshold)
@@ -145,7 +145,7 @@ def _find_near(run_dir: str, shards: list[str], copies: np.ndarray, threshold: f
 
 
 def _sign_shard(run_dir: str, shard: str) -> list[LeanMinHash]:
-    table = Stage(run_dir, "read", DOCUMENT).read_shard(shard, ["text"])
+    table = Stage(run_dir, "read").read_shard(shard, ["text"])
     return [sign(text) for text in table["text"].to_pylist()]
 
 

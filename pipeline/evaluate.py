@@ -32,7 +32,7 @@ from pipeline.previous import adapter_of
 from pipeline.prompts import declines
 from pipeline.publish import previous_version
 from pipeline.resources import engine_options, worker_options
-from pipeline.schema import ANSWER, QUESTION, digest
+from pipeline.schema import digest
 from pipeline.score import (
     RIGHT,
     Points,
@@ -112,9 +112,9 @@ def _ask_and_measure(tasks: dict[int, Task], base_path: str) -> Iterator[tuple[i
 
 def _open(config: Config, base: BaseModel, redo: bool) -> Task | dict[str, Any]:
     """Return what is to be evaluated, or the manifest if nothing is."""
-    general = Stage(config.run_dir, "general", ANSWER)
+    general = Stage(config.run_dir, "general")
     trained = require_line(config.run_dir, "train")["train"]
-    stage = Stage(config.run_dir, "evaluate", ANSWER)
+    stage = Stage(config.run_dir, "evaluate")
     questions = load_questions(config.evaluate) or held_out_questions(config)
     unrelated = read_questions("evaluate.unrelated", config.evaluate.unrelated)
     adapters = {"adapter": adapter_of(config.run_dir)}
@@ -241,7 +241,7 @@ def _write_answers(
 
 def _taught(config: Config, passages: set[str]) -> dict[str, list[dict[str, str]]]:
     """Return what was trained on about these passages: passage id -> question and answer."""
-    kept, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
+    kept, questions = Stage(config.run_dir, "filter"), Stage(config.run_dir, "question")
     rows = rows_where(kept, ["passage_id", "question_id", "text"], "passage_id", passages)
     asked = rows_where(questions, ["question_id", "text"], "question_id", {row["question_id"] for row in rows})
     texts = {row["question_id"]: row["text"] for row in asked}

@@ -15,7 +15,7 @@ from pipeline.held_out import HeldOut, NearQuestions, hold_out
 from pipeline.previous import PreviousRun, adapter_digest
 from pipeline.prompts import invents_number, normalise, spaced_words, speaks_of_text, titled, told_by_passage
 from pipeline.resources import worker_options
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest
+from pipeline.schema import REASONS, Rejected, digest
 from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit, require_line
 
@@ -31,12 +31,12 @@ def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:
 
 def filter_job(config: Config) -> Job:
     """Describe the stage; it needs the complete answer stage."""
-    answers, line = Stage(config.run_dir, "answer", ANSWER), require_line(config.run_dir, "answer")
+    answers, line = Stage(config.run_dir, "answer"), require_line(config.run_dir, "answer")
     held_out, starts_from = hold_out(config), {}
     if config.update.previous_run and config.filter.min_initial_kl is not None:
         starts_from["adapter"] = adapter_digest(config.update.previous_run)
     return Job(
-        Stage(config.run_dir, "filter", ANSWER),
+        Stage(config.run_dir, "filter"),
         {
             "filter": config.filter.model_dump(),
             "input": line["answer"]["data_digest"],
@@ -58,10 +58,10 @@ class AnswerFilter:
 
     def __init__(self, config: Config, held_out: HeldOut) -> None:
         self._config = config
-        self._chunk = Stage(config.run_dir, "chunk", PASSAGE)
-        self._question = Stage(config.run_dir, "question", QUESTION)
-        self._answers = Stage(config.run_dir, "answer", ANSWER)
-        self._filtered = Stage(config.run_dir, "filter", ANSWER)
+        self._chunk = Stage(config.run_dir, "chunk")
+        self._question = Stage(config.run_dir, "question")
+        self._answers = Stage(config.run_dir, "answer")
+        self._filtered = Stage(config.run_dir, "filter")
         self._settings = config.filter
         self._held_out = held_out
         self._near = NearQuestions(held_out.texts, config.evaluate.near_duplicate_threshold)

@@ -22,7 +22,7 @@ from pipeline.engine import Completion, Engine, render_chat, render_user_opening
 from pipeline.previous import previous_settings
 from pipeline.prompts import normalise, split_words, student_chat
 from pipeline.retrieve import PassageIndex, passages_of
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, REASONS, Rejected, digest, seed_of
+from pipeline.schema import REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
@@ -43,7 +43,7 @@ def general_job(config: Config, base: BaseModel) -> Job:
         for number, start in enumerate(range(0, settings.prompts, UNIT_PROMPTS))
     } | ({HELD_OUT: settings.held_out} if settings.held_out else {})
     return Job(
-        Stage(config.run_dir, "general", ANSWER),
+        Stage(config.run_dir, "general"),
         {
             "general": settings.model_dump(exclude={"share"}),
             "top_k": config.answer.top_k,
@@ -60,7 +60,7 @@ class GeneralWriter:
     """One unit is so many prompts with their answers."""
 
     def __init__(self, run_dir: str, settings: General, top_k: int, engine: Engine) -> None:
-        self._stage = Stage(run_dir, "general", ANSWER)
+        self._stage = Stage(run_dir, "general")
         self._settings = settings
         self._top_k = top_k
         self._engine = engine
@@ -102,14 +102,14 @@ def forgotten_job(config: Config, base: BaseModel) -> Job:
     previous_run = config.update.previous_run
     assert previous_run is not None
     return Job(
-        Stage(config.run_dir, FORGOTTEN, ANSWER),
+        Stage(config.run_dir, FORGOTTEN),
         {
             "answer": config.answer.model_dump(),
             "model": base.identity(),
-            "input": Stage(config.run_dir, "chunk", PASSAGE).require()["data_digest"],
+            "input": Stage(config.run_dir, "chunk").require()["data_digest"],
             **previous_settings(config, base),
         },
-        [{"name": shard.removesuffix(".parquet")} for shard in Stage(previous_run, "chunk", PASSAGE).shards()],
+        [{"name": shard.removesuffix(".parquet")} for shard in Stage(previous_run, "chunk").shards()],
         ForgottenWriter,
         {"run_dir": config.run_dir, "previous_run": previous_run, "settings": config.answer},
     )
@@ -122,10 +122,10 @@ class ForgottenWriter:
     """
 
     def __init__(self, run_dir: str, previous_run: str, settings: AnswerSection, engine: Engine) -> None:
-        self._stage = Stage(run_dir, FORGOTTEN, ANSWER)
-        self._passages = Stage(previous_run, "chunk", PASSAGE)
-        self._questions = Stage(previous_run, "question", QUESTION)
-        self._answers = Stage(previous_run, "answer", ANSWER)
+        self._stage = Stage(run_dir, FORGOTTEN)
+        self._passages = Stage(previous_run, "chunk")
+        self._questions = Stage(previous_run, "question")
+        self._answers = Stage(previous_run, "answer")
         now, before = passages_of(run_dir), passages_of(previous_run)
         self._texts_now = set(now["text"].to_pylist())
         self._new = PassageIndex.build(now.filter(~pc.field("text").isin(before["text"].combine_chunks())))

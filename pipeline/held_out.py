@@ -18,7 +18,6 @@ from pipeline.config import Config, Evaluate
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.previous import PreviousRun, earlier_runs
 from pipeline.prompts import normalise, split_words, teacher_chat, titled
-from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.score import comparable
 from pipeline.store import Stage, open_uri
 
@@ -140,7 +139,7 @@ def hold_out(config: Config) -> HeldOut:
 
 def _untrained_questions(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Yield the questions about new passages, and those of the previous run that its adapter never saw."""
-    questions, passages = Stage(config.run_dir, "question", QUESTION), Stage(config.run_dir, "chunk", PASSAGE)
+    questions, passages = Stage(config.run_dir, "question"), Stage(config.run_dir, "chunk")
     columns = ["question_id", "passage_id", "text"]
     if config.update.previous_run is None:
         for shard in questions.shards():
@@ -169,7 +168,7 @@ def _not_asked_before(chosen: list[tuple[str, str]], previous_run: str, threshol
 
 def written_texts(run_dir: str) -> Iterator[str]:
     """Yield the texts of all questions that a run has written, a shard in memory at a time."""
-    questions = Stage(run_dir, "question", QUESTION)
+    questions = Stage(run_dir, "question")
     for shard in questions.shards():
         yield from questions.read_shard(shard, ["text"])["text"].to_pylist()
 
@@ -213,7 +212,7 @@ def count_trained_on(config: Config, questions: list[TestQuestion]) -> int | Non
     near = NearQuestions([question.question for question in questions], config.evaluate.near_duplicate_threshold)
     repeated: set[int] = set()
     for run_dir in (config.run_dir, *earlier_runs(config)):
-        kept, written = Stage(run_dir, "filter", ANSWER), Stage(run_dir, "question", QUESTION)
+        kept, written = Stage(run_dir, "filter"), Stage(run_dir, "question")
         if kept.manifest() is None:
             return None
         for unit in kept.units():
@@ -225,8 +224,7 @@ def count_trained_on(config: Config, questions: list[TestQuestion]) -> int | Non
 
 def held_out_questions(config: Config) -> list[TestQuestion]:
     """Return the written questions that `filter` kept from training; the stored answer is the accepted one."""
-    schemas = {"question": QUESTION, "chunk": PASSAGE, "dedup": DOCUMENT}
-    questions, passages, documents = (Stage(config.run_dir, name, schema) for name, schema in schemas.items())
+    questions, passages, documents = (Stage(config.run_dir, name) for name in ("question", "chunk", "dedup"))
     by_question = {row["question_id"]: row for row in _held_out_answers(config.run_dir)}  # one answer for each
     found = [by_question[key] for key in sorted(by_question)][: config.evaluate.max_questions]
     if not found:
@@ -252,10 +250,10 @@ def held_out_questions(config: Config) -> list[TestQuestion]:
 
 
 def _held_out_answers(run_dir: str) -> list[dict[str, Any]]:
-    rejected = Stage(run_dir, "filter", ANSWER).read_rejected()
+    rejected = Stage(run_dir, "filter").read_rejected()
     ids = set(rejected.filter(pc.field("reason") == "held_out")["record_id"].to_pylist())
     columns = ["question_id", "answer_id", "passage_id", "text"]
-    return rows_where(Stage(run_dir, "answer", ANSWER), columns, "answer_id", ids) if ids else []
+    return rows_where(Stage(run_dir, "answer"), columns, "answer_id", ids) if ids else []
 
 
 def rows_where(stage: Stage, columns: list[str], key: str, wanted: set[str]) -> list[dict[str, Any]]:

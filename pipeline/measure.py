@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.general import HELD_OUT
-from pipeline.schema import ANSWER, QUESTION, Probe
+from pipeline.schema import ANSWER, Probe
 from pipeline.store import Folder, Stage
 
 PROBE_QUESTIONS = 8
@@ -29,7 +29,7 @@ def measure_adapters(config: Config, base_path: str, gold: pa.Table, adapters: d
     """
     from pipeline.student import KlScorer
 
-    stage = Stage(config.run_dir, "general", ANSWER)
+    stage = Stage(config.run_dir, "general")
     general = stage.read_unit(HELD_OUT) if HELD_OUT in stage.committed() else ANSWER.empty_table()
     to_teacher, to_base, probe = {}, {}, {}
     for arm, source in adapters.items():
@@ -60,7 +60,7 @@ def _record_probe(config: Config, model: Any) -> Probe:
     """Record the adapter's greedy answer to the training question where it differs most from the base model's."""
     from pipeline.student import greedy_replies
 
-    answers, questions = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "question", QUESTION)
+    answers, questions = Stage(config.run_dir, "filter"), Stage(config.run_dir, "question")
     unit = next(unit.name for unit in answers.units() if unit.rows_out)
     asked = answers.read_unit(unit).select(["question_id", "prompt_ids"]).slice(0, PROBE_QUESTIONS).to_pylist()
     texts = {row["question_id"]: row["text"] for row in questions.read_unit(unit).to_pylist()}

@@ -27,7 +27,6 @@ from pipeline.prompts import question_chat, teacher_chat
 from pipeline.read import read_documents
 from pipeline.reading import READING
 from pipeline.resources import cluster_address, compute_dtype, loaded_bytes, model_fits
-from pipeline.schema import PASSAGE
 from pipeline.stage import only
 from pipeline.store import Folder, Stage, open_uri
 from pipeline.train import train_adapters
@@ -75,7 +74,7 @@ def make_plan(config: Config, base: BaseModel, redo: bool = False) -> dict[str, 
     kept = only(filter_answers([sample], redo=True))
     trained = only(train_adapters([sample], base, redo=True))
     adapter = adapter_of(sample.run_dir).size("adapter_model.safetensors")
-    shards = len(Stage(config.run_dir, "chunk", PASSAGE).shards())
+    shards = len(Stage(config.run_dir, "chunk").shards())
     measured = Measured(read | {"chunk": chunked}, written, kept, trained, num_sampled, adapter)
     plan = scale_up(config, measured, min(config.cluster.num_engines, shards))
     print(f"plan: from {num_sampled} of {chunked['rows_out']} passages", file=sys.stderr)
@@ -203,8 +202,8 @@ def refuse_full_disk(run_dir: str, needed: int) -> None:
 
 def _write_sample(config: Config, sample_config: Config, data_digest: str) -> int:
     """Put evenly spaced passages into the chunk stage of the sample's run directory; return how many."""
-    whole = Stage(config.run_dir, "chunk", PASSAGE)
-    sample = Stage(sample_config.run_dir, "chunk", PASSAGE)
+    whole = Stage(config.run_dir, "chunk")
+    sample = Stage(sample_config.run_dir, "chunk")
     shards = whole.shards()
     if not shards:
         raise ValueError(f"there are no passages to plan for; {Folder(whole.run_dir)}/read/rejected says why")

@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 
 from pipeline.base_model import BaseModel
 from pipeline.config import Config
-from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, digest
+from pipeline.schema import ROWS, digest
 from pipeline.store import Folder, Stage, require_line
 
 CACHED_UNITS = 4  # and shards
 IDS = ("question_id", "answer_id")
-SCHEMAS = {"question": QUESTION, "answer": ANSWER, "filter": ANSWER}  # of the stages whose rows are gone on from
+GONE_ON_FROM = ("question", "answer", "filter")
 
 
 class PreviousRun:
@@ -30,13 +30,13 @@ class PreviousRun:
         self._twins: dict[tuple[bytes, str], str] = {}  # key and id there of further passages of one text -> unit
         if run_dir is None:
             return
-        passages = Stage(run_dir, "chunk", PASSAGE)
+        passages = Stage(run_dir, "chunk")
         for shard in passages.shards():
             for row in passages.read_shard(shard, ["passage_id", "heading", "text"]).to_pylist():
                 there = (shard.removesuffix(".parquet"), row["passage_id"])
                 if self._passages.setdefault(_key(row), there) != there:
                     self._twins[_key(row), row["passage_id"]] = there[0]
-        self._stages = {name: Stage(run_dir, name, schema) for name, schema in SCHEMAS.items()}
+        self._stages = {name: Stage(run_dir, name) for name in GONE_ON_FROM}
         self._read = lru_cache(CACHED_UNITS)(lambda stage, unit: self._stages[stage].read_unit(unit))
         self._trained = lru_cache(CACHED_UNITS)(self._trained_ids)
 
@@ -47,7 +47,7 @@ class PreviousRun:
     def rows(self, stage: str, passages: list[dict[str, Any]]) -> pa.Table:
         """Return what the stage `question`, `answer` or `filter` has about those of these passages that stood there."""
         held = filter(self.holds, passages)
-        return pa.concat_tables([SCHEMAS[stage].empty_table(), *(self._rows(stage, passage) for passage in held)])
+        return pa.concat_tables([ROWS[stage].empty_table(), *(self._rows(stage, passage) for passage in held)])
 
     def split(self, answers: pa.Table, passages: list[dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
         """Part answers about these passages into those that its adapter was not trained on, and those that it was."""
@@ -94,7 +94,7 @@ class PassagesBySource:
     """What a run cut each file, or row of one, into. Holds 500 bytes a document in memory."""
 
     def __init__(self, run_dir: str) -> None:
-        documents, passages = Stage(run_dir, "dedup", DOCUMENT), Stage(run_dir, "chunk", PASSAGE)
+        documents, passages = Stage(run_dir, "dedup"), Stage(run_dir, "chunk")
         self._doc_ids = {
             row["source"]: row["doc_id"]
             for shard in documents.shards()
@@ -140,7 +140,7 @@ def adapter_of(run_dir: str, stage: str = "train") -> Folder:
 
 def adapter_digest(run_dir: str) -> str:
     """Return the digest of a run's training, which must be complete."""
-    return Stage(run_dir, "train", ANSWER).require()["data_digest"]
+    return Stage(run_dir, "train").require()["data_digest"]
 
 
 def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
 from pipeline.previous import adapter_of
-from pipeline.schema import PASSAGE, AdapterManifest, Probe, digest
+from pipeline.schema import AdapterManifest, Probe, digest
 from pipeline.store import Folder, Stage, require_line
 
 ALIAS = "live.json"
@@ -157,7 +157,7 @@ def previous_version(config: Config, base: BaseModel, run_id: str) -> Folder | N
 def version_of_run(config: Config, base: BaseModel) -> str:
     """Return the version that a run's adapter is, or will be, published as."""
     # The documents' too: it is under their names that clients are told the sources.
-    passages = digest(*(Stage(config.run_dir, name, PASSAGE).require()["data_digest"] for name in ("dedup", "chunk")))
+    passages = digest(*(Stage(config.run_dir, name).require()["data_digest"] for name in ("dedup", "chunk")))
     return name_version(base, _adapter_files(config), passages)
 
 

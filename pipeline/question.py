@@ -30,7 +30,7 @@ from pipeline.prompts import (
     told_by_passage,
     untold,
 )
-from pipeline.schema import PASSAGE, QUESTION, Question, Rejected, digest, seed_of, to_table
+from pipeline.schema import QUESTION, Question, Rejected, digest, seed_of, to_table
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
@@ -49,13 +49,13 @@ class Call(NamedTuple):
 
 def question_job(config: Config, base: BaseModel) -> Job:
     """Describe the stage; it needs the complete chunk stage."""
-    passages, settings, update = Stage(config.run_dir, "chunk", PASSAGE), config.question, config.update
+    passages, settings, update = Stage(config.run_dir, "chunk"), config.question, config.update
     if update.previous_run:
-        had = Stage(update.previous_run, "question", QUESTION).require()["settings"]["question"]["seed"]
+        had = Stage(update.previous_run, "question").require()["settings"]["question"]["seed"]
         # The same requests again would give the same ids, and the same questions.
         settings = settings.model_copy(update={"seed": max(settings.seed, had + update.ask_again)})
     return Job(
-        Stage(config.run_dir, "question", QUESTION),
+        Stage(config.run_dir, "question"),
         {
             "question": settings.model_dump(),
             "max_model_len": config.model.max_model_len,
@@ -90,8 +90,8 @@ class QuestionWriter:
         ask_again: bool = False,
         ask_for_untold: bool = False,
     ) -> None:
-        self._passages = Stage(run_dir, "chunk", PASSAGE)
-        self._questions = Stage(run_dir, "question", QUESTION)
+        self._passages = Stage(run_dir, "chunk")
+        self._questions = Stage(run_dir, "question")
         self._settings = settings
         self._engine = engine
         self._previous = PreviousRun(previous_run)

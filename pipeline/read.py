@@ -76,7 +76,7 @@ def read_job(config: Config) -> Job:
     for file in files:
         listing = digest(listing, file.source, file.size, file.changed, file.reason)
     return Job(
-        Stage(config.run_dir, "read", DOCUMENT),
+        Stage(config.run_dir, "read"),
         settings.model_dump(exclude={"paths", "near_duplicate_threshold"}) | {"listing": listing},
         _plan_units(files, settings.unit_files),
         ReadWorker,
@@ -101,7 +101,7 @@ class ReadWorker:
     """Parses the files of a unit."""
 
     def __init__(self, run_dir: str, config: Read) -> None:
-        self._stage = Stage(run_dir, "read", DOCUMENT)
+        self._stage = Stage(run_dir, "read")
         self._config = config
 
     def do_unit(self, unit: dict[str, Any]) -> Unit:

@@ -20,7 +20,7 @@ from pipeline.engine import Engine
 from pipeline.general import answer_alone
 from pipeline.previous import PreviousRun
 from pipeline.prompts import retrieval_question, student_chat, titled
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, Rejected, digest, seed_of
+from pipeline.schema import Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
 
@@ -36,7 +36,7 @@ def reading_job(config: Config, answers: Job) -> Job:
     counts = {"per_passage": config.reading.per_passage, "num_passages": config.serve.retrieval_passages}
     return replace(
         answers,
-        stage=Stage(config.run_dir, READING, ANSWER),
+        stage=Stage(config.run_dir, READING),
         settings=answers.settings | counts,
         worker=ReadingWriter,
         arguments=answers.arguments | counts,
@@ -55,9 +55,9 @@ class ReadingWriter:
         engine: Engine,
         previous_run: str | None = None,
     ) -> None:
-        self._passages = Stage(run_dir, "chunk", PASSAGE)
-        self._questions = Stage(run_dir, "question", QUESTION)
-        self._reading = Stage(run_dir, READING, ANSWER)
+        self._passages = Stage(run_dir, "chunk")
+        self._questions = Stage(run_dir, "question")
+        self._reading = Stage(run_dir, READING)
         self._settings = settings
         self._per_passage = per_passage
         self._num_passages = num_passages

@@ -22,7 +22,6 @@ import regex
 import Stemmer
 
 from pipeline.prompts import UNSPACED
-from pipeline.schema import DOCUMENT, PASSAGE
 from pipeline.store import Stage
 
 PASSAGES = "passages.parquet"
@@ -105,7 +104,7 @@ def nearest_passages(model: str, passages: pa.Table, questions: list[str], k: in
 
 def passages_of(run_dir: str) -> pa.Table:
     """Return all passages of a run with the source of their document: passage_id, source, heading, text."""
-    documents, passages = Stage(run_dir, "dedup", DOCUMENT), Stage(run_dir, "chunk", PASSAGE)
+    documents, passages = Stage(run_dir, "dedup"), Stage(run_dir, "chunk")
     source_of = {
         doc_id: source
         for shard in documents.shards()

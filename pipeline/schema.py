@@ -167,6 +167,20 @@ REJECTED = pa.schema(
 )
 
 
+# What the rows of a stage are; those that are not here have none.
+ROWS = {
+    "read": DOCUMENT,
+    "dedup": DOCUMENT,
+    "chunk": PASSAGE,
+    "question": QUESTION,
+    "answer": ANSWER,
+    "filter": ANSWER,
+    "general": ANSWER,
+    "reading": ANSWER,
+    "forgotten": ANSWER,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A training question and the adapter's greedy answer under PEFT; an engine that loads the adapter must agree."""

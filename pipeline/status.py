@@ -7,21 +7,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION
 from pipeline.score import ARMS
 from pipeline.store import Folder, Stage, require_line
 
-SCHEMAS = {
-    "read": DOCUMENT,
-    "dedup": DOCUMENT,
-    "chunk": PASSAGE,
-    "question": QUESTION,
-    "answer": ANSWER,
-    "filter": ANSWER,
-    "general": ANSWER,
-    "train": ANSWER,
-    "evaluate": ANSWER,
-}
+STAGES = ("read", "dedup", "chunk", "question", "answer", "filter", "general", "train", "evaluate")
 # A stage's units of work are the shards, or the units, of another one.
 UNITS: dict[str, tuple[str, Callable[[Stage], Collection[str]]]] = {
     "dedup": ("read", Stage.shards),
@@ -35,12 +24,9 @@ UNITS: dict[str, tuple[str, Callable[[Stage], Collection[str]]]] = {
 
 def stages_of(config: Config) -> dict[str, Stage]:
     """Return the stages that this config asks for, by name."""
-    schemas = SCHEMAS | {f"baseline-{name}": ANSWER for name in config.evaluate.baselines}
-    if config.update.forget_removed:
-        schemas["forgotten"] = ANSWER
-    if config.reading.per_passage:
-        schemas["reading"] = ANSWER
-    return {name: Stage(config.run_dir, name, schema) for name, schema in schemas.items()}
+    names = [*STAGES, *(f"baseline-{name}" for name in config.evaluate.baselines)]
+    names += ["forgotten"] * config.update.forget_removed + ["reading"] * (config.reading.per_passage > 0)
+    return {name: Stage(config.run_dir, name) for name in names}
 
 
 def read_status(config: Config) -> dict[str, Any]:

@@ -35,7 +35,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from pipeline.schema import ANSWER, REJECTED, Rejected, digest, to_table
+from pipeline.schema import REJECTED, ROWS, Rejected, digest, to_table
 
 FORMAT = 1  # of a run directory; raise it when a folder that older code wrote cannot be gone on with
 LINE = ("chunk", "question", "answer", "filter", "train", "evaluate")  # each made from what stands before it
@@ -218,7 +218,11 @@ class Stage:
 
     run_dir: str
     name: str
-    schema: pa.Schema
+
+    @property
+    def schema(self) -> pa.Schema:
+        """What its rows are; KeyError for a stage without rows."""
+        return ROWS[self.name]
 
     @property
     def folder(self) -> Folder:
@@ -432,7 +436,7 @@ def require_line(run_dir: str, last: str) -> dict[str, dict[str, Any]]:
 
     ValueError unless each was made from what the one before it has now: its rows or, begun beside it, its settings.
     """
-    manifests = {name: Stage(run_dir, name, ANSWER).require() for name in LINE[: LINE.index(last) + 1]}
+    manifests = {name: Stage(run_dir, name).require() for name in LINE[: LINE.index(last) + 1]}
     for earlier, later in pairwise(manifests.values()):
         if later["settings"]["input"] not in (earlier["data_digest"], settings_digest(earlier["settings"])):
             raise ValueError(

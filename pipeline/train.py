@@ -17,7 +17,7 @@ from pipeline.general import FORGOTTEN
 from pipeline.previous import adapter_digest, previous_settings
 from pipeline.reading import READING
 from pipeline.resources import worker_options
-from pipeline.schema import ANSWER, digest
+from pipeline.schema import digest
 from pipeline.stage import attempt, start_ray, watching
 from pipeline.store import Stage, open_uri, require_line
 
@@ -44,7 +44,7 @@ def train_adapters(configs: list[Config], base: BaseModel, redo: bool = False, n
 def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dict[str, Any]:
     """Return the stage if it is to be trained, or its manifest; it needs complete filter and general stages."""
     line, general = require_line(config.run_dir, "filter"), _require_answers(config, "general", base)
-    stage = Stage(config.run_dir, name, ANSWER)
+    stage = Stage(config.run_dir, name)
     settings = {
         "train": config.train.model_dump(exclude={"checkpoint_steps", "micro_rows", "loss_chunk", "zero_stage"}),
         "general_share": config.general.share,
@@ -87,7 +87,7 @@ def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:
 
 def _require_answers(config: Config, name: str, base: BaseModel) -> dict[str, Any]:
     """Return the manifest of a stage that this base model wrote; else ValueError."""
-    manifest = Stage(config.run_dir, name, ANSWER).require()
+    manifest = Stage(config.run_dir, name).require()
     check_manifest(manifest, base)
     return manifest
 

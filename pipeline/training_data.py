@@ -17,7 +17,7 @@ from pipeline.held_out import NearQuestions, hold_out, written_texts
 from pipeline.previous import PreviousRun
 from pipeline.prompts import titled
 from pipeline.reading import READING
-from pipeline.schema import ANSWER, PASSAGE, QUESTION
+from pipeline.schema import ANSWER
 from pipeline.store import Stage
 
 
@@ -35,12 +35,12 @@ def training_tables(config: Config) -> Groups:
     """Return what is to be trained on; the iterators must be read one after the other."""
     always = (_general_answers(config), _reading_answers(config) if config.reading.per_passage else iter(()))
     if config.train.teacher == "raw_text":
-        passages = Stage(config.run_dir, "chunk", PASSAGE)
+        passages = Stage(config.run_dir, "chunk")
         tokenizer = load_tokenizer(config.model.path)
         texts = (text_samples(passages.read_shard(shard), tokenizer) for shard in passages.shards())
         return Groups(texts, iter(()), iter(()), *always)
     if config.update.previous_run is None:
-        answers = Stage(config.run_dir, "filter", ANSWER)
+        answers = Stage(config.run_dir, "filter")
         return Groups(map(answers.read_shard, answers.shards()), iter(()), iter(()), *always)
     previous = PreviousRun(config.update.previous_run)
     new = (new for new, _ in _split(config, previous))
@@ -51,7 +51,7 @@ def training_tables(config: Config) -> Groups:
 
 def _split(config: Config, previous: PreviousRun) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Yield the answers of every unit: the new ones, and those that the previous run's adapter was trained on."""
-    answers, passages = Stage(config.run_dir, "filter", ANSWER), Stage(config.run_dir, "chunk", PASSAGE)
+    answers, passages = Stage(config.run_dir, "filter"), Stage(config.run_dir, "chunk")
     for unit in answers.units():
         yield previous.split(answers.read_unit(unit.name), passages.read_shard(f"{unit.name}.parquet").to_pylist())
 
@@ -63,8 +63,8 @@ def _removed_answers(config: Config) -> Iterator[pa.Table]:
     """
     asked = [*written_texts(config.run_dir), *hold_out(config).texts]
     near = NearQuestions(asked, config.evaluate.near_duplicate_threshold)
-    forgotten = Stage(config.run_dir, FORGOTTEN, ANSWER)
-    questions = Stage(str(config.update.previous_run), "question", QUESTION)
+    forgotten = Stage(config.run_dir, FORGOTTEN)
+    questions = Stage(str(config.update.previous_run), "question")
     for unit in forgotten.units():
         rows, texts = forgotten.read_unit(unit.name), questions.read_unit(unit.name)
         near_ids = {row["question_id"] for row in texts.to_pylist() if near.holds(row["text"])}
@@ -74,7 +74,7 @@ def _removed_answers(config: Config) -> Iterator[pa.Table]:
 
 def _general_answers(config: Config) -> Iterator[pa.Table]:
     """Yield the general answers but for those to prompts that forgetting is measured with."""
-    general = Stage(config.run_dir, "general", ANSWER)
+    general = Stage(config.run_dir, "general")
     units = {unit.name for unit in general.units()}
     held_out = general.read_unit(HELD_OUT, ["prompt_ids"])["prompt_ids"].to_pylist() if HELD_OUT in units else []
     for name in sorted(units - {HELD_OUT}):
@@ -84,7 +84,7 @@ def _general_answers(config: Config) -> Iterator[pa.Table]:
 
 def _reading_answers(config: Config) -> Iterator[pa.Table]:
     """Yield the answers that must be read, to questions that are trained on without passages, too."""
-    reading, kept = Stage(config.run_dir, READING, ANSWER), Stage(config.run_dir, "filter", ANSWER)
+    reading, kept = Stage(config.run_dir, READING), Stage(config.run_dir, "filter")
     for unit in reading.units():
         trained = kept.read_unit(unit.name, ["question_id"])["question_id"].combine_chunks()
         yield reading.read_unit(unit.name).filter(pc.field("question_id").isin(trained))

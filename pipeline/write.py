@@ -15,7 +15,6 @@ from pipeline.general import FORGOTTEN, forgotten_job, general_job
 from pipeline.question import question_job
 from pipeline.reading import READING, reading_job
 from pipeline.resources import engine_options
-from pipeline.schema import ANSWER, QUESTION
 from pipeline.stage import Actors, Job, attempt, run_stages
 from pipeline.store import Stage
 
@@ -60,7 +59,7 @@ def _copy(job: Job, source: Stage, redo: bool) -> dict[str, Any]:
 def _jobs(config: Config, base: BaseModel, redo: bool, stages: tuple[str, ...]) -> dict[str, Job]:
     jobs: dict[str, Job] = {}
     if "answer" in stages and "question" not in stages:
-        Stage(config.run_dir, "question", QUESTION).require()
+        Stage(config.run_dir, "question").require()
     if {"question", "answer"} & set(stages):
         questions = question_job(config, base)
         if "question" not in stages:
@@ -71,7 +70,7 @@ def _jobs(config: Config, base: BaseModel, redo: bool, stages: tuple[str, ...]) 
     if config.reading.per_passage and "answer" in stages:
         jobs[READING] = reading_job(config, jobs["answer"])
     if config.update.previous_run is not None and "general" in stages:
-        previous, general = Stage(config.update.previous_run, "general", ANSWER), jobs["general"]
+        previous, general = Stage(config.update.previous_run, "general"), jobs["general"]
         if previous.is_complete(general.settings) and general.stage.open(general.settings, redo):
             general.stage.copy_from(previous)
     if config.update.forget_removed and "general" in stages:

@@ -89,7 +89,7 @@ def make_config(run_dir: str, **sections: Any) -> Config:
 
 def write_documents(run_dir: str, name: str, units: list[list[Document]]) -> Stage:
     """Complete a stage that holds these documents, one shard per unit."""
-    stage = Stage(run_dir, name, DOCUMENT)
+    stage = Stage(run_dir, name)
     stage.open({})
     for number, documents in enumerate(units):
         stage.commit(f"{number:06d}", [to_table(documents, DOCUMENT)], [], len(documents))

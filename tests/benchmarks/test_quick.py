@@ -14,7 +14,7 @@ from pipeline.answer import answer_table
 from pipeline.base_model import load_base_model
 from pipeline.engine import Completion, load_tokenizer, render_chat
 from pipeline.prompts import student_chat
-from pipeline.schema import ANSWER, PASSAGE, QUESTION, Passage, Question, to_table
+from pipeline.schema import PASSAGE, QUESTION, Passage, Question, to_table
 from pipeline.store import Stage
 
 pytestmark = pytest.mark.slow
@@ -81,13 +81,13 @@ def write_stages(run_dir: Path) -> None:
         completions.append(Completion(text, "stop", ids, rng.integers(0, 49152, topk.shape), topk - 2))
     answers = answer_table(rows, completions)
     tables = {
-        "chunk": (PASSAGE, to_table(passages, PASSAGE)),
-        "question": (QUESTION, to_table(questions, QUESTION)),
-        "answer": (ANSWER, answers),
-        "filter": (ANSWER, answers),
+        "chunk": to_table(passages, PASSAGE),
+        "question": to_table(questions, QUESTION),
+        "answer": answers,
+        "filter": answers,
     }
-    for name, (schema, table) in tables.items():
-        stage = Stage(str(run_dir), name, schema)
+    for name, table in tables.items():
+        stage = Stage(str(run_dir), name)
         stage.open({"model": load_base_model(str(MODEL)).identity()})
         stage.commit("0" if name == "chunk" else "0-00000", [table], [], table.num_rows)
         stage.close(0)

@@ -20,7 +20,6 @@ from benchmarks import chaos
 from benchmarks.faulty_bucket import faulty_bucket
 from benchmarks.raylets import ENGINE, WORKER, empty_cluster, local_cluster, title, until
 from pipeline.config import Train
-from pipeline.schema import ANSWER
 from pipeline.store import Folder, Stage
 from pipeline.student import KlScorer
 from tests.conftest import ROOT
@@ -151,7 +150,7 @@ def test_nodes_come_for_waiting_engines_and_idle_ones_go(tmp_path: Path) -> None
         assert driver.wait() == 0, log.read_text()[-4000:]
         assert len(cluster.actor_nodes(ENGINE)) >= 2
         until(lambda: len(cluster.nodes()) == 1)
-    assert len(Stage(f"{tmp_path}/run", "answer", ANSWER).committed()) == SMALL.documents
+    assert len(Stage(f"{tmp_path}/run", "answer").committed()) == SMALL.documents
 
 
 STEADY = ["train.epochs=12", "train.checkpoint_steps=4"]
@@ -163,7 +162,7 @@ class Course(NamedTuple):
 
 
 def course(losses: list[float], adapter: Path, answered: Path, model: Path) -> Course:
-    answers = Stage(str(answered), "filter", ANSWER).read_unit("0-00000")
+    answers = Stage(str(answered), "filter").read_unit("0-00000")
     return Course(np.asarray(losses), float(KlScorer(Train(), str(model), 1, Folder(str(adapter))).kl(answers).mean()))
 
 

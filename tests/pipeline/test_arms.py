@@ -129,7 +129,7 @@ def task(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tas
     peft = Folder(str(tmp_path / "peft"))
     peft.write_json("adapter_config.json", {})
     asked = [held_out.TestQuestion("1", "How heavy is lens number 1 of Orrin?", ["7"], "The lens.")]
-    stage = Stage(config.run_dir, "evaluate", ANSWER)
+    stage = Stage(config.run_dir, "evaluate")
     return Task(config, stage, asked, asked, {"adapter": peft, "sft": peft}, [])
 
 

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.chunk import MAX_WORD_CHARS, Splitter, chunk_documents, find_headings, split_document
-from pipeline.schema import PASSAGE, Document, Passage, digest
+from pipeline.schema import Document, Passage, digest
 from pipeline.stage import only
 from pipeline.store import Stage
 from tests.conftest import make_config, rows, write_documents
@@ -217,7 +217,7 @@ def test_chunk_stage(local_ray: None, run_dir: str, tmp_path: Path, tokenizer_di
         chunk(model=str(tmp_path))
     manifest = chunk()
 
-    stage = Stage(run_dir, "chunk", PASSAGE)
+    stage = Stage(run_dir, "chunk")
     assert manifest["rows_in"] == 5
     for unit in stage.units():
         sizes = [stage.read_shard(shard).num_rows for shard in unit.shards]
@@ -240,7 +240,7 @@ def test_a_file_that_changed_keeps_the_passages_that_it_still_has(
         write_documents(run_dir, "dedup", [[Document(digest(text), "plain.txt", "", text)]])
         sections = {"chunk": {"max_tokens": 64}, "model": {"path": tokenizer_dir}, "update": update}
         only(chunk_documents([make_config(run_dir, **sections)]))
-        return [row["text"] for row in rows(Stage(run_dir, "chunk", PASSAGE))]
+        return [row["text"] for row in rows(Stage(run_dir, "chunk"))]
 
     before = chunk(run_dir, PLAIN)
     changed = f"A preface was written for the mill, and tells of its wheel. {PLAIN}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.dedup import DedupWorker, dedup_job, plan_units, sign
-from pipeline.schema import DOCUMENT, Document, digest
+from pipeline.schema import Document, digest
 from pipeline.stage import Actors, only, run_alike
 from pipeline.store import Stage
 from tests.conftest import assert_counted, make_config, rows, write_documents
@@ -28,7 +28,7 @@ def test_the_first_of_equals_stays(run_dir: str) -> None:
     write_documents(run_dir, "read", [*units, [make("f", "three")]])
     worker = DedupWorker(run_dir)
     committed = [worker.do_unit(unit) for unit in plan_units(run_dir, None)]
-    stage = Stage(run_dir, "dedup", DOCUMENT)
+    stage = Stage(run_dir, "dedup")
     assert [row["source"] for row in rows(stage)] == ["a", "c", "f"]
     assert rejected(stage) == {
         ("b", "duplicate", "kept: a"),
@@ -94,7 +94,7 @@ def test_near_duplicates(local_ray: None, run_dir: str) -> None:
     write_documents(run_dir, "read", [documents[:3], documents[3:], copies])
     manifest = drop_duplicates(0.8)  # more than nine in ten are duplicates, and the stage goes on
 
-    stage = Stage(run_dir, "dedup", DOCUMENT)
+    stage = Stage(run_dir, "dedup")
     assert rejected(stage) == {
         (f"{name}{number}", reason, f"kept: {name}1")
         for name in "ez"

@@ -39,7 +39,7 @@ def test_whole_prompts_come_before_those_that_were_cut_off(
 
 def test_a_prompt_for_measuring_is_not_trained_on(tmp_path: Path) -> None:
     """The same one may be sampled for both."""
-    stage = Stage(str(tmp_path), "general", ANSWER)
+    stage = Stage(str(tmp_path), "general")
     stage.open({})
     for unit, prompts in (("000000", [[1, 2], [3]]), (HELD_OUT, [[3], [4]])):
         rows = [

@@ -42,13 +42,13 @@ def config(tmp_path: Path) -> Config:
     )
     questions = [Question(f"q{n:02d}", "p", "fact", f"How heavy is lens number {n} of Orrin?") for n in range(40)]
     replies = answers(*((row.question_id, f"It weighs {row.question_id[1:]} kilograms.", "stop") for row in questions))
-    for name, schema, table in (
-        ("dedup", DOCUMENT, to_table([Document("d", "lens.md", "Lens", "The lens.")], DOCUMENT)),
-        ("chunk", PASSAGE, to_table([Passage("p", "d", "Lens", 0, 9, "The lens.")], PASSAGE)),
-        ("question", QUESTION, to_table(questions, QUESTION)),
-        ("answer", ANSWER, replies),
+    for name, table in (
+        ("dedup", to_table([Document("d", "lens.md", "Lens", "The lens.")], DOCUMENT)),
+        ("chunk", to_table([Passage("p", "d", "Lens", 0, 9, "The lens.")], PASSAGE)),
+        ("question", to_table(questions, QUESTION)),
+        ("answer", replies),
     ):
-        stage = Stage(run_dir, name, schema)
+        stage = Stage(run_dir, name)
         stage.open({})
         # A unit of questions is a shard of passages.
         stage.commit("unit" if name in ("dedup", "chunk") else UNIT, [table], [], table.num_rows)
@@ -58,7 +58,7 @@ def config(tmp_path: Path) -> Config:
 
 def complete_filter(config: Config) -> None:
     """Make a run of which nothing was left to train on."""
-    stage = Stage(config.run_dir, "filter", ANSWER)
+    stage = Stage(config.run_dir, "filter")
     stage.open({})
     stage.close(0.0)
 
@@ -67,7 +67,7 @@ def filter_run(config: Config) -> Stage:
     """Filter the run's one unit, in this process."""
     worker = AnswerFilter(config, hold_out(config))
     worker.do_unit({"name": UNIT})
-    stage = Stage(config.run_dir, "filter", ANSWER)
+    stage = Stage(config.run_dir, "filter")
     stage.close(0.0)
     return stage
 
@@ -91,7 +91,7 @@ def test_what_the_model_asked_itself_is_scored_by_token_f1(config: Config) -> No
     right, wrong = ([Reply(text, 1.0) for text in texts] for texts in ([q.answers[0] for q in asked], [""] * 4))
     arms = {"closed_book": wrong, "adapter": [right[0], *wrong[1:]], "gold_passage": right}
     replies = Replies(asked, arms, ANSWER.empty_table(), {}, {}, {}, {}, {})
-    stage = Stage(config.run_dir, "evaluate", ANSWER)
+    stage = Stage(config.run_dir, "evaluate")
     report = _score(config, replies, stage, {"adapter": np.arange(4.0)})
     assert (report["metric"], report["questions_from"]) == ("token_f1", "generated")
     assert report["scores"]["adapter"]["token_f1"] == 0.25 and report["trained_on"] == 0

@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks.raylets import empty_cluster, free_port, until
 from pipeline import metrics
-from pipeline.schema import DOCUMENT
 from pipeline.store import Stage, Unit
 from tests.conftest import ROOT
 
@@ -33,7 +32,7 @@ def test_the_dashboard_asks_for_every_metric_and_for_no_other() -> None:
 
 
 def test_without_ray_nothing_is_counted_and_nothing_fails() -> None:
-    metrics.record_unit(Stage("run", "read", DOCUMENT), Unit("0", 2, 1, {"empty": 1}, [], 9, {"prompt_tokens": 0}))
+    metrics.record_unit(Stage("run", "read"), Unit("0", 2, 1, {"empty": 1}, [], 9, {"prompt_tokens": 0}))
 
 
 @pytest.mark.long
@@ -77,7 +76,7 @@ def test_a_runs_figures_arrive_at_ray_s_metrics_port_and_in_its_logs(tmp_path: P
 
         until(lambda: "distillery_rows_total dedup" in series())
         found = series()
-        manifest = Stage(f"{tmp_path}/run", "read", DOCUMENT).require()
+        manifest = Stage(f"{tmp_path}/run", "read").require()
         assert found["distillery_rows_total read"] == manifest["rows_out"] == 3
         assert found["distillery_bytes_total read"] == manifest["bytes"]
         assert {f"distillery_rejected_rows_total read {reason}" for reason in manifest["rejected"]} < found.keys()

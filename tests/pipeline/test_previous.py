@@ -37,7 +37,7 @@ def write_run(run_dir: str) -> None:
 
 def write_stages(run_dir: str, **tables: pa.Table) -> None:
     for name, table in tables.items():
-        stage = Stage(run_dir, name, table.schema)
+        stage = Stage(run_dir, name)
         stage.open({})
         stage.commit("000000" if name == "chunk" else UNIT, [table], [], table.num_rows)
         stage.close(0)
@@ -82,7 +82,7 @@ def test_a_twin_that_kept_its_id_keeps_its_own_rows(tmp_path: Path) -> None:
 def test_answers_are_parted_by_whether_the_adapter_was_trained_on_them(tmp_path: Path) -> None:
     """Mill 0 has an answer that was trained on, one that the filter took out there, and one to a new question."""
     write_run(str(tmp_path))
-    had = Stage(str(tmp_path), "answer", ANSWER).read_unit(UNIT)
+    had = Stage(str(tmp_path), "answer").read_unit(UNIT)
     write_stages(str(tmp_path), filter=had.slice(0, 1))
     passages = [passage("p0", "Mill number 0."), passage("new", "Another mill.")]
     more = [
@@ -102,7 +102,7 @@ def test_an_update_holds_out_what_was_held_out_before_and_a_tenth_of_what_is_new
     """
     before, after = str(tmp_path / "before"), str(tmp_path / "after")
     write_run(before)
-    stage = Stage(before, "filter", ANSWER)
+    stage = Stage(before, "filter")
     stage.open({})
     stage.commit(UNIT, [], [Rejected("filter", "aq10", "held_out", "")], 1)
     stage.close(0)
@@ -130,7 +130,7 @@ def test_what_another_passage_is_asked_is_not_forgotten(tmp_path: Path) -> None:
         Question("q", "n1", "fact", "What is mill 1, 0?"),
         Question("q00", "p0", "fact", "What is mill 2, 1?"),
     ]
-    removed = Stage(before, "answer", ANSWER).read_unit(UNIT).slice(2)  # of mills 1 and 2
+    removed = Stage(before, "answer").read_unit(UNIT).slice(2)  # of mills 1 and 2
     write_stages(
         after,
         chunk=to_table(passages, PASSAGE),
@@ -176,7 +176,7 @@ def test_what_still_stands_somewhere_is_not_forgotten(
 
     monkeypatch.setattr("pipeline.general.answer_alone", answer_alone)
     engine: Any = SimpleNamespace(stats=SimpleNamespace(since=lambda _: {}))
-    Stage(after, "forgotten", ANSWER).open({})
+    Stage(after, "forgotten").open({})
     ForgottenWriter(after, before, make_config(after).answer, engine).do_unit({"name": UNIT})
     assert were_asked == asked
 

@@ -10,7 +10,7 @@ from pipeline.base_model import BaseModel
 from pipeline.config import Config, Gate
 from pipeline.previous import adapter_of
 from pipeline.publish import check_gate, move_alias, previous_version, publish_adapter, version_of_run
-from pipeline.schema import ANSWER, PASSAGE, Document, Passage, to_table
+from pipeline.schema import PASSAGE, Document, Passage, to_table
 from pipeline.status import stages_of
 from pipeline.store import LINE, Folder, Stage, require_line, settings_digest
 from tests.conftest import make_config, write_documents
@@ -130,7 +130,7 @@ def test_everything_that_fails_is_named() -> None:
 def test_an_adapter_is_compared_with_what_clients_have_until_it_is_published(tmp_path: Path) -> None:
     config = make_config(str(tmp_path / "run"), publish={"registry": str(tmp_path / "registry"), "name": "a"})
     base = BaseModel("m", str(tmp_path), "1", "t", "c")
-    stage, adapters = Stage(config.run_dir, "evaluate", ANSWER), Folder(str(tmp_path / "registry")) / "a"
+    stage, adapters = Stage(config.run_dir, "evaluate"), Folder(str(tmp_path / "registry")) / "a"
 
     def compared_with() -> str | None:
         previous = previous_version(config, base, "mine run")
@@ -155,7 +155,7 @@ def test_documents_that_moved_make_another_version(tmp_path: Path) -> None:
     for run, source in (("first", "old/mill.md"), ("again", "old/mill.md"), ("moved", "new/mill.md")):
         config = make_config(str(tmp_path / run))
         write_documents(config.run_dir, "dedup", [[Document("d", source, "Mill", "The mill.")]])
-        chunk = Stage(config.run_dir, "chunk", PASSAGE)
+        chunk = Stage(config.run_dir, "chunk")
         chunk.open({})
         chunk.commit("0", [to_table([Passage("p", "d", "Mill", 0, 9, "The mill.")], PASSAGE)], [], 1)
         chunk.close(0.0)

@@ -118,7 +118,7 @@ def test_a_passage_that_leaves_no_room_is_asked_no_more() -> None:
 
 
 def test_answers_are_made_anew_with_their_questions(tmp_path: Path) -> None:
-    base, chunk = BaseModel("m", "m", "r", "t", "c"), Stage(str(tmp_path), "chunk", PASSAGE_SCHEMA)
+    base, chunk = BaseModel("m", "m", "r", "t", "c"), Stage(str(tmp_path), "chunk")
     chunk.open({})
     chunk.close(0.0)
     settings = []
@@ -137,7 +137,7 @@ def test_a_blank_passage_is_asked_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("pipeline.question.render_chat", render)
     passages = [Passage("p", "d", "Mills", 0, 9, PASSAGE["text"]), Passage("blank", "d", "", 9, 12, " \n\n")]
-    chunk = Stage(str(tmp_path), "chunk", PASSAGE_SCHEMA)
+    chunk = Stage(str(tmp_path), "chunk")
     chunk.commit("0", [to_table(passages, PASSAGE_SCHEMA)], [], 2)
     engine: Any = SimpleNamespace(stats=EngineStats(), tokenizer=None, max_model_len=2048)
     engine.complete = lambda prompts, *_, **__: [sampled("1. Who built the Kestrel Mill?") for _ in prompts]

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import Read
 from pipeline.read import UNIT_BYTES, File, _plan_units, list_files, read_documents, read_file, read_job
-from pipeline.schema import DOCUMENT, Rejected
+from pipeline.schema import Rejected
 from pipeline.stage import only
 from pipeline.store import Folder, Stage
 from tests.conftest import assert_counted, make_config, rows
@@ -47,7 +47,7 @@ def test_a_corpus_of_everything(local_ray: None, corpus: Path, run_dir: str) -> 
         settings = {"paths": [str(corpus)], "unit_files": 5}
         return only(read_documents([make_config(run_dir, read=settings, max_reject_share=max_reject_share)], redo))
 
-    read, dedup = Stage(run_dir, "read", DOCUMENT), Stage(run_dir, "dedup", DOCUMENT)
+    read, dedup = Stage(run_dir, "read"), Stage(run_dir, "dedup")
     with pytest.raises(ValueError, match="max_reject_share"):
         read_all(0.1)
     (corpus / "UPPER.TXT").write_bytes(b"changed")
@@ -106,7 +106,7 @@ def test_from_bucket_to_bucket(local_ray: None, bucket: Folder) -> None:
     config = make_config(run.uri, read={"paths": [corpus.uri], "unit_files": 2})
     manifests = only(read_documents([config]))
 
-    dedup = Stage(run.uri, "dedup", DOCUMENT)
+    dedup = Stage(run.uri, "dedup")
     assert [(row["source"], row["text"]) for row in rows(dedup)] == [
         ("s3://bucket/corpus/a.txt", "text"),
         ("s3://bucket/corpus/sub/rows.jsonl#1", "first row"),

@@ -87,11 +87,11 @@ def test_new_questions_are_asked_passage_by_passage(
             ("question", "0-00000", to_table(questions, QUESTION)),
             ("answer", "0-00000", ANSWER.empty_table()),
         ):
-            stage = Stage(run_dir, name, table.schema)
+            stage = Stage(run_dir, name)
             stage.open({})
             stage.commit(unit, [table], [], table.num_rows)
             stage.close(0)
-    stage = Stage(after, READING, ANSWER)
+    stage = Stage(after, READING)
     stage.open({})
     engine: Any = Engine(room)
     settings = AnswerSection(top_k=2)

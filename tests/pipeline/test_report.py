@@ -15,7 +15,7 @@ from selenium import webdriver
 from pipeline.config import Config, load_config
 from pipeline.report import EXAMPLES, PASSAGE_CHARS, WORST_DOCUMENTS, choose_examples, excerpt, write_report
 from pipeline.schema import DOCUMENT, Document, Rejected, to_table
-from pipeline.status import SCHEMAS, read_status, stages_of
+from pipeline.status import STAGES, read_status, stages_of
 from pipeline.store import LINE, Folder
 
 HOSTILE = "<script>alert('mill')</script><img src=http://evil.example/a.png> & $x^2$"
@@ -109,9 +109,9 @@ def make_run(tmp_path: Path, report: dict[str, Any] | None, *overrides: str) -> 
         stage.open(settings | config.model_dump(include={name} & {"train", "answer"}))
         reasons: list[Any] = ["off_passage", "off_passage", "unparsable"] if name == "question" else []
         rejected = [Rejected(name, str(number), reason, "") for number, reason in enumerate(reasons)]
-        rows = [Document("d", f"/corpus/{HOSTILE}", HOSTILE, HOSTILE)] if stage.schema is DOCUMENT else []
+        rows = [Document("d", f"/corpus/{HOSTILE}", HOSTILE, HOSTILE)] if name in ("read", "dedup") else []
         stats = STATS if name in ("question", "answer", "filter", "general") else {}
-        stage.commit("0", [to_table(rows, stage.schema)], rejected, len(rows) + len(rejected), stats)
+        stage.commit("0", [to_table(rows, DOCUMENT)], rejected, len(rows) + len(rejected), stats)
         extra = {"training": TRAINING} if name in ("train", "baseline-sft") else {}
         stage.close(450.0, report if report and name == "evaluate" else extra)
     run = Folder(config.run_dir)
@@ -155,7 +155,7 @@ def test_what_matters_is_in_it(tmp_path: Path) -> None:
         "share no word with the question, or none were trained on",
     ):
         assert wanted in seen, wanted
-    hours = 450 * (len(SCHEMAS) + 1) / 3600
+    hours = 450 * (len(STAGES) + 1) / 3600
     assert f"At 2.00 an hour these calls cost {2 * hours:.2f}" in seen
 
 

@@ -29,7 +29,6 @@ from pipeline.resources import (
     unmet,
     worker_options,
 )
-from pipeline.schema import PASSAGE
 from pipeline.store import Stage
 from tests.conftest import ROOT
 
@@ -131,7 +130,7 @@ def test_an_engine_runs_where_its_labels_are(tmp_path: Path) -> None:
         cluster = {{ kv_cache_gb = 1, engine_labels = {{ pool = "in(write, none)", absent = "!x" }} }}
         """
     )
-    passages = Stage(f"{tmp_path}/run", "chunk", PASSAGE)
+    passages = Stage(f"{tmp_path}/run", "chunk")
     passages.open({})
     passages.close(0)
     with local_cluster([2]) as cluster:

@@ -25,7 +25,7 @@ from pipeline import status
 from pipeline.config import load_config
 from pipeline.engine import load_tokenizer
 from pipeline.prompts import normalise
-from pipeline.schema import ANSWER, PASSAGE, QUESTION
+from pipeline.schema import ROWS
 from pipeline.store import Folder, Stage
 from tests.conftest import rows
 from tests.pipeline.test_parse import BAD
@@ -35,8 +35,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / ".models" / "smollm2-135m-instruct"
-SCHEMAS = {name: schema for name, schema in status.SCHEMAS.items() if name not in ("read", "train", "evaluate")}
-SCHEMAS["reading"] = ANSWER
+WITH_ROWS = [*(name for name in status.STAGES if name in ROWS and name != "read"), "reading"]
 
 DOCUMENTS = {
     "mill.md": "# Kestrel Mill\n\nThe Kestrel Mill on the River Arden was built in 1874 by Rosa Lindqvist. It ground "
@@ -169,7 +168,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def ids(run_dir: Path, stage: str) -> list[str]:
     """First column of all rows and of all rejected rows: their ids."""
-    reader = Stage(str(run_dir), stage, SCHEMAS[stage])
+    reader = Stage(str(run_dir), stage)
     kept = [row for shard in reader.shards() for row in reader.read_shard(shard).column(0).to_pylist()]
     rejected = [row.replace(str(run_dir.parent), "") for row in reader.read_rejected()["record_id"].to_pylist()]
     return sorted(kept + [f"rejected {row}" for row in rejected])
@@ -201,7 +200,7 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
         assert 0 <= scores["substring_match"] <= 1
         assert 0 <= scores["token_f1"] <= 1
         assert scores["judge_unparsable"] in (0, 1)
-    baseline = Stage(str(folder / "run"), "baseline-raw_text", ANSWER).require()["training"]
+    baseline = Stage(str(folder / "run"), "baseline-raw_text").require()["training"]
     assert baseline["last_loss"] < baseline["first_loss"]
     lost = result["lost"]
     assert lost["kl_to_base"] > 0 and lost["general_questions"]["count"] == 64
@@ -223,8 +222,8 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
 def test_every_stage_keeps_its_books(finished: tuple[Path, dict, Path]) -> None:
     run_dir = finished[0] / "run"
     before = None
-    for name, schema in SCHEMAS.items():
-        manifest = Stage(str(run_dir), name, schema).require()
+    for name in WITH_ROWS:
+        manifest = Stage(str(run_dir), name).require()
         if name != "chunk":
             assert manifest["rows_in"] == manifest["rows_out"] + sum(manifest["rejected"].values()), name
         if name in ("chunk", "answer", "filter"):
@@ -234,7 +233,7 @@ def test_every_stage_keeps_its_books(finished: tuple[Path, dict, Path]) -> None:
 
 
 def test_stored_answers_are_whole(finished: tuple[Path, dict, Path]) -> None:
-    stage = Stage(str(finished[0] / "run"), "answer", ANSWER)
+    stage = Stage(str(finished[0] / "run"), "answer")
     for row in (row for shard in stage.shards() for row in stage.read_shard(shard).to_pylist()):
         tokens = len(row["answer_ids"])
         assert "<|im_" not in row["text"]
@@ -245,7 +244,7 @@ def test_stored_answers_are_whole(finished: tuple[Path, dict, Path]) -> None:
 
 def test_general_prompts_begin_with_the_first_words(finished: tuple[Path, dict, Path]) -> None:
     folder, _, config = finished
-    general = Stage(str(folder / "run"), "general", ANSWER)
+    general = Stage(str(folder / "run"), "general")
     prompts = [row["prompt_ids"] for shard in general.shards() for row in general.read_shard(shard).to_pylist()]
     tokenizer = load_tokenizer(load_config(config).model.path)
     assert prompts and all("user\nName a river" in tokenizer.decode(ids) for ids in prompts)
@@ -254,9 +253,9 @@ def test_general_prompts_begin_with_the_first_words(finished: tuple[Path, dict, 
 def test_what_must_be_read_stands_in_the_prompt_and_is_trained_on(finished: tuple[Path, dict, Path]) -> None:
     folder, _, config = finished
     run_dir = str(folder / "run")
-    asked = {row["question_id"]: row["text"] for row in rows(Stage(run_dir, "question", QUESTION))}
-    words = [set(re.findall(r"\b[a-z]+\b", row["text"])) for row in rows(Stage(run_dir, "chunk", PASSAGE))]
-    reading = rows(Stage(run_dir, "reading", ANSWER))
+    asked = {row["question_id"]: row["text"] for row in rows(Stage(run_dir, "question"))}
+    words = [set(re.findall(r"\b[a-z]+\b", row["text"])) for row in rows(Stage(run_dir, "chunk"))]
+    reading = rows(Stage(run_dir, "reading"))
     tokenizer = load_tokenizer(load_config(config).model.path)
     for row in reading:
         passages, _, question = str(tokenizer.decode(row["prompt_ids"])).partition("Question: ")
@@ -265,7 +264,7 @@ def test_what_must_be_read_stands_in_the_prompt_and_is_trained_on(finished: tupl
         for phrase, year in (("built in", "1874"), ("flood of", "1921"), ("opened in", "1962")):
             assert year in question or f"{phrase} {year}" not in passages
         assert not row["passage_id"], "the teacher has no other prompt"
-    trained = Stage(run_dir, "train", ANSWER).require()["training"]["samples"]
+    trained = Stage(run_dir, "train").require()["training"]["samples"]
     assert 0 < trained["reading"] <= len(reading) < len(asked)
 
 
@@ -357,18 +356,18 @@ def test_an_update_writes_about_what_changed_alone(finished: tuple[Path, dict, P
     )
     result, _ = finish(config, "run", *settings, "--force", "a test")
     before, after = folder / "run", tmp_path / "run"
-    assert Stage(str(after), "question", QUESTION).require()["stats"]["passages"] == 1
+    assert Stage(str(after), "question").require()["stats"]["passages"] == 1
     kept = set(ids(before, "answer")) & set(ids(after, "answer"))
     assert kept and kept < set(ids(after, "answer")) and kept < set(ids(before, "answer"))
     wrong = {
         row["question_id"]
-        for row in rows(Stage(str(before), "answer", ANSWER))
+        for row in rows(Stage(str(before), "answer"))
         if row["answer_id"] not in kept and "1962" in normalise(row["text"]).split()
     }
-    assert {row["question_id"] for row in rows(Stage(str(after), "forgotten", ANSWER))} == wrong
-    general = Stage(str(after), "general", ANSWER).require()
+    assert {row["question_id"] for row in rows(Stage(str(after), "forgotten"))} == wrong
+    general = Stage(str(after), "general").require()
     assert general["seconds"] == 0, "general answers were written again"
-    assert general["data_digest"] == Stage(str(before), "general", ANSWER).require()["data_digest"]
+    assert general["data_digest"] == Stage(str(before), "general").require()["data_digest"]
     assert "previous" in result["scores"] and "retrieval" not in result["scores"]
 
 
@@ -378,13 +377,13 @@ def test_a_second_round_asks_other_questions(finished: tuple[Path, dict, Path], 
     settings = (f"run_dir={tmp_path}/run", *update)
     for command in ("read", "chunk", "write"):
         finish(config, command, *settings)
-    asked, before = (Stage(str(run), "question", QUESTION) for run in (tmp_path / "run", folder / "run"))
+    asked, before = (Stage(str(run), "question") for run in (tmp_path / "run", folder / "run"))
     had = {row["question_id"] for row in rows(before)}
     questions = rows(asked)
     assert asked.require()["stats"]["passages"] == before.require()["stats"]["passages"]
     assert had < {row["question_id"] for row in questions}
     assert len({(row["passage_id"], row["text"].lower()) for row in questions}) == len(questions)
-    answered = {row["question_id"] for row in rows(Stage(str(tmp_path / "run"), "answer", ANSWER))}
+    answered = {row["question_id"] for row in rows(Stage(str(tmp_path / "run"), "answer"))}
     assert answered == {row["question_id"] for row in questions}
 
 
@@ -473,7 +472,7 @@ def test_a_killed_driver_loses_and_repeats_nothing(finished: tuple[Path, dict, P
         assert committed
     finish(config, "filter")
     assert committed.items() <= digests(run_dir).items()
-    for stage in SCHEMAS:
+    for stage in WITH_ROWS:
         assert ids(run_dir, stage) == ids(finished[0] / "run", stage), stage
 
 

@@ -57,7 +57,7 @@ def test_pieces_become_small_and_stay_few() -> None:
 
 
 def test_what_is_committed_is_not_done_again(tmp_path: Path) -> None:
-    stages = [Stage(str(tmp_path), name, DOCUMENT) for name in ("first", "second")]
+    stages = [Stage(str(tmp_path), name) for name in ("read", "dedup")]
     Letters(stages[0], SimpleNamespace(text="by one that died")).do_unit({"name": "0"})
     actors = Actors(Cluster(), load_engine=lambda: SimpleNamespace(text="by another"))
     actor = _UnitActor([(stage, Letters, {"stage": stage}) for stage in stages], actors)
@@ -82,7 +82,7 @@ class Threads(Letters):
 
 def test_one_thread_loads_and_computes(tmp_path: Path) -> None:
     """Two would each have a team of OpenMP threads, and these get in each other's way."""
-    letters = Stage(str(tmp_path), "read", DOCUMENT)
+    letters = Stage(str(tmp_path), "read")
     loaders: list[int] = []
 
     def load_engine() -> SimpleNamespace:
@@ -99,7 +99,7 @@ def test_one_thread_loads_and_computes(tmp_path: Path) -> None:
 
 
 def test_what_is_built_on_a_refused_stage_is_not_begun(tmp_path: Path) -> None:
-    first, second = (Stage(str(tmp_path), name, DOCUMENT) for name in ("first", "second"))
+    first, second = (Stage(str(tmp_path), name) for name in ("read", "dedup"))
     first.open({"seed": 1})
     jobs = [Job(stage, {"seed": 2}, [], Letters, {}) for stage in (first, second)]
     outcomes = run_stages(jobs, Actors(Cluster()))
@@ -160,12 +160,12 @@ def test_a_group_waits_for_its_turn_and_is_yielded_before_the_next(
 
 
 def test_what_an_engine_is_at_is_shown(tmp_path: Path) -> None:
-    letters = Stage(str(tmp_path), "question", DOCUMENT)
+    letters = Stage(str(tmp_path), "read")
     letters.write_progress("of another engine", 1, 2)
     actors = Actors(Cluster(), load_engine=lambda: SimpleNamespace(text=""))
     actor = _UnitActor([(letters, Slow, {"stage": letters})], actors)
     actor(pa.table({"work": [json.dumps([0, {"name": "0"}])]}))
-    assert letters.read_unit("0")["text"].to_pylist() == ["question 4/11 requests"]
+    assert letters.read_unit("0")["text"].to_pylist() == ["read 4/11 requests"]
     assert letters.read_progress() == {"finished": 1, "requests": 2}
     letters.close(seconds=0)
     assert letters.read_progress() == {}
@@ -196,7 +196,7 @@ class Failing(Letters):
 
 
 def test_a_run_whose_unit_fails_is_named_and_the_others_are_done(local_ray: None, tmp_path: Path) -> None:
-    stages = [Stage(str(tmp_path / name), "read", DOCUMENT) for name in ("good", "bad")]
+    stages = [Stage(str(tmp_path / name), "read") for name in ("good", "bad")]
     units = [{"name": str(number)} for number in range(5)]
     engine = SimpleNamespace(text="text")
     jobs = [Job(stage, {}, units, Failing, {"stage": stage, "engine": engine}) for stage in stages]
@@ -217,7 +217,7 @@ class Lasting(Letters):
 @pytest.mark.long
 def test_a_unit_may_take_longer_than_ray_data_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "1")
-    letters = Stage(str(tmp_path), "read", DOCUMENT)
+    letters = Stage(str(tmp_path), "read")
     arguments = {"stage": letters, "engine": SimpleNamespace(text="text")}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as driver:
         job = Job(letters, {}, [{"name": "0"}], Lasting, arguments)
@@ -227,7 +227,7 @@ def test_a_unit_may_take_longer_than_ray_data_waits(tmp_path: Path, monkeypatch:
 @pytest.mark.long
 def test_a_unit_that_kills_every_actor_is_named_and_the_others_are_done(tmp_path: Path) -> None:
     """A process of its own is the driver: Ray Data keeps the last actor, with its CPU, until the driver ends."""
-    letters = Stage(str(tmp_path), "read", DOCUMENT)
+    letters = Stage(str(tmp_path), "read")
     arguments = {"stage": letters, "engine": SimpleNamespace(text="text")}
     units = [{"name": str(number)} for number in range(5)]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as driver:

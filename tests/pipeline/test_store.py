@@ -106,14 +106,14 @@ def test_wrong_tables_are_refused(run_dir: str, wrong: pa.Table) -> None:
     check_table(table("a"), DOCUMENT, "here")
     with pytest.raises(ValueError, match=r"here: (schema|column 'text' has 1 null)"):
         check_table(wrong, DOCUMENT, "here")
-    stage = Stage(run_dir, "read", DOCUMENT)
+    stage = Stage(run_dir, "read")
     with pytest.raises(ValueError, match=r"read/000000-00001\.parquet"):
         stage.commit("000000", [table("a"), wrong], [], 2)
     assert stage.committed() == set() and stage.shards() == []
 
 
 def test_commit_and_close(folder: Folder) -> None:
-    stage = Stage(folder.uri, "read", DOCUMENT)
+    stage = Stage(folder.uri, "read")
     assert stage.open({"limit": 1})
     rejected: list[Rejected] = []
 
@@ -152,7 +152,7 @@ def test_commit_and_close(folder: Folder) -> None:
 
 
 def test_an_interrupted_unit_is_invisible(folder: Folder) -> None:
-    stage = Stage(folder.uri, "read", DOCUMENT)
+    stage = Stage(folder.uri, "read")
 
     def killed() -> Iterator[pa.Table]:
         yield table("a")
@@ -168,7 +168,7 @@ def test_an_interrupted_unit_is_invisible(folder: Folder) -> None:
 
 
 def test_other_settings_are_named(folder: Folder) -> None:
-    stage = Stage(folder.uri, "question", DOCUMENT)
+    stage = Stage(folder.uri, "read")
     begun = {"question": {"seed": 0, "kinds": ["fact"]}, "input": "x"}
     assert stage.open(begun)
     stage.commit("000000", [table("a")], [], 1)
@@ -187,7 +187,7 @@ def test_other_settings_are_named(folder: Folder) -> None:
 
 
 def test_units_come_in_order_of_their_names(folder: Folder) -> None:
-    stage = Stage(folder.uri, "read", DOCUMENT)
+    stage = Stage(folder.uri, "read")
     names = [f"{number:06d}" for number in range(150)]
     for name in reversed(names):
         stage.commit(name, [], [], 1)
@@ -197,7 +197,7 @@ def test_units_come_in_order_of_their_names(folder: Folder) -> None:
 
 def test_the_data_digest_is_that_of_the_rows_and_without_rows_of_the_settings(tmp_path: Path) -> None:
     def make(name: str, settings: dict[str, int], **units: str) -> str:
-        stage = Stage(str(tmp_path / name), "read", DOCUMENT)
+        stage = Stage(str(tmp_path / name), "read")
         stage.open(settings)
         for unit, text in units.items():
             stage.commit(unit, [table(text)] if text else [], [], 1)

@@ -86,17 +86,17 @@ def answered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     answers = answer_table(rows[:NUM_ANSWERS], completions[:NUM_ANSWERS])
     general = answer_table(rows[NUM_ANSWERS:], completions[NUM_ANSWERS:])
     identity = load_base_model(str(tiny_model)).identity()
-    tables: list[tuple[str, pa.Schema, pa.Table]] = [
-        ("dedup", DOCUMENT, to_table([Document("d", "mills.txt", "", "")], DOCUMENT)),
-        ("chunk", PASSAGE, to_table(passages, PASSAGE)),
-        ("question", QUESTION, to_table(questions, QUESTION)),
-        ("answer", ANSWER, answers),
-        ("filter", ANSWER, answers),
-        ("general", ANSWER, general),
-    ]
+    tables = {
+        "dedup": to_table([Document("d", "mills.txt", "", "")], DOCUMENT),
+        "chunk": to_table(passages, PASSAGE),
+        "question": to_table(questions, QUESTION),
+        "answer": answers,
+        "filter": answers,
+        "general": general,
+    }
     digests: dict[str, str] = {}
-    for name, schema, table in tables:
-        stage = Stage(str(run_dir), name, schema)
+    for name, table in tables.items():
+        stage = Stage(str(run_dir), name)
         source = {"question": "chunk", "answer": "question", "filter": "answer"}.get(name, "")
         stage.open({"model": identity, "answer": {"top_k": TOP_K}, "input": digests.get(source)})
         stage.commit("0" if name in ("dedup", "chunk") else "0-00000", [table], [], table.num_rows)
@@ -152,7 +152,7 @@ def test_the_loss_falls_and_the_adapter_is_the_one_that_was_trained(
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, str(adapter))
-    row = Stage(str(answered), "filter", ANSWER).read_unit("0-00000").slice(0, 1).to_pylist()[0]
+    row = Stage(str(answered), "filter").read_unit("0-00000").slice(0, 1).to_pylist()[0]
     ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
     top = torch.tensor(row["topk_ids"]).view(-1, TOP_K)
     teacher = torch.tensor(row["topk_logprobs"], dtype=torch.float32).view(-1, TOP_K)
@@ -171,7 +171,7 @@ def test_every_answer_token_weighs_the_same_also_of_a_sample_that_has_a_step_for
     answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = load_config(write_run(tmp_path, answered, tiny_model), ["train.batch_tokens=128", "train.temperature=2.0"])
-    rows = Stage(str(answered), "filter", ANSWER).read_unit("0-00000").to_pylist()
+    rows = Stage(str(answered), "filter").read_unit("0-00000").to_pylist()
     rows[0] |= {"prompt_ids": rows[0]["prompt_ids"] * 9}
     gradients: list[tuple[int, float]] = []
 
@@ -312,7 +312,7 @@ def test_an_update_goes_on_from_the_previous_adapter_with_old_answers_among_the_
     losses, _ = train(changed, tiny_model, tmp_path, f"update={{previous_run='{previous}', replay_share=0.2}}")
     assert losses[0] < 0.8 * first[0], "the adapter of the previous run knows these answers"
     assert len(losses) < len(first), "an epoch is shorter than one over the whole corpus"
-    tokens = [Stage(str(run), "train", ANSWER).require()["training"]["tokens"] for run in (tmp_path / "run", previous)]
+    tokens = [Stage(str(run), "train").require()["training"]["tokens"] for run in (tmp_path / "run", previous)]
     assert tokens[0] > 0.4 * tokens[1], "a third of the answers are new, and old ones stand among them"
 
 
@@ -326,13 +326,13 @@ def test_answers_that_teach_nothing_are_left_out(
     local_ray: None, answered: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = load_config(write_run(tmp_path, answered, tiny_model), ["evaluate.held_out=0"])
-    answers = Stage(str(answered), "answer", ANSWER).read_unit("0-00000")
+    answers = Stage(str(answered), "answer").read_unit("0-00000")
     kl = KlScorer(config.train, str(tiny_model), 1).initial_kl(answers)
     least = float(np.median(kl))
     config = config.model_copy(update={"filter": config.filter.model_copy(update={"min_initial_kl": least})})
     shutil.rmtree(tmp_path / "run" / "filter")
     assert only(filter_answers([config]))["rejected"] == {"nothing_to_learn": NUM_ANSWERS // 2}
-    kept = Stage(config.run_dir, "filter", ANSWER).read_unit("0-00000")["answer_id"].to_pylist()
+    kept = Stage(config.run_dir, "filter").read_unit("0-00000")["answer_id"].to_pylist()
     assert kept == [name for name, value in zip(answers["answer_id"].to_pylist(), kl, strict=True) if value >= least]
 
 
@@ -343,7 +343,7 @@ def test_in_an_update_the_adapter_says_what_teaches_nothing(
     config = load_config(
         write_run(tmp_path, changed, tiny_model), ["evaluate.held_out=0", f"update.previous_run={adapter.parents[1]}"]
     )
-    answers = Stage(str(changed), "answer", ANSWER).read_unit("0-00000")
+    answers = Stage(str(changed), "answer").read_unit("0-00000")
     new = answers.filter(pc.field("passage_id") == "p2")
     kl = KlScorer(config.train, str(tiny_model), 1, Folder(str(adapter))).kl(new)
     config = config.model_copy(
@@ -351,7 +351,7 @@ def test_in_an_update_the_adapter_says_what_teaches_nothing(
     )
     shutil.rmtree(tmp_path / "run" / "filter")
     assert only(filter_answers([config]))["rejected"] == {"nothing_to_learn": len(new) // 2}
-    kept = set(Stage(config.run_dir, "filter", ANSWER).read_unit("0-00000")["answer_id"].to_pylist())
+    kept = set(Stage(config.run_dir, "filter").read_unit("0-00000")["answer_id"].to_pylist())
     assert {name for name in answers["answer_id"].to_pylist() if name not in kept} == {
         name for name, value in zip(new["answer_id"].to_pylist(), kl, strict=True) if value < np.median(kl)
     }, "what is old is kept to be replayed"
@@ -391,7 +391,7 @@ def test_a_previous_run_that_cannot_be_gone_on_from_is_refused(
     run = tmp_path / "before" / "run"
     config = write_run(tmp_path / "before", adapter.parents[1], tiny_model)
     if stage:
-        again = Stage(str(run), stage, ANSWER)
+        again = Stage(str(run), stage)
         again.open(again.require()["settings"] | {"filter": "another"}, redo=True)
         again.close(0.0)
     settings = load_config(config, [f"run_dir={tmp_path}/run", f"update.previous_run={run}", *overrides])

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.base_model import BaseModel
-from pipeline.schema import ANSWER, PASSAGE, QUESTION
 from pipeline.store import Stage
 from pipeline.write import write
 from tests.conftest import make_config
@@ -18,11 +17,11 @@ def test_a_corpus_whose_questions_are_refused_takes_no_general_answers_along(
     monkeypatch.setattr("pipeline.stage.start_ray", lambda _: None)
     configs = [make_config(str(tmp_path / name), general={"prompts": 0, "held_out": 0}) for name in ("bad", "good")]
     for config in configs:
-        chunk = Stage(config.run_dir, "chunk", PASSAGE)
+        chunk = Stage(config.run_dir, "chunk")
         chunk.open({})
         chunk.close(0.0)
-    Stage(configs[0].run_dir, "question", QUESTION).open({"made": "otherwise"})
+    Stage(configs[0].run_dir, "question").open({"made": "otherwise"})
     bad, good = write(configs, BaseModel("m", "m", "r", "t", "c"))
     assert isinstance(bad, ValueError) and "other settings" in str(bad)
     assert not isinstance(good, ValueError)
-    assert Stage(configs[1].run_dir, "general", ANSWER).require()
+    assert Stage(configs[1].run_dir, "general").require()
