@@ -21,10 +21,10 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Chunk, Config
 from pipeline.previous import PassagesBySource
-from pipeline.prompts import UNSPACED
 from pipeline.schema import PASSAGE, Document, Passage, digest, to_table
 from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit
+from pipeline.text import UNSPACED
 
 WINDOW = 40  # characters, times max_tokens, split at once; the splitter's time is not linear
 SPARE = 8  # this part of max_tokens is left free by the splitter, for joining and shifting

@@ -17,10 +17,10 @@ import pyarrow as pa
 from datasketch import LeanMinHash, MinHash, MinHashLSH
 
 from pipeline.config import Config
-from pipeline.prompts import UNSPACED
 from pipeline.schema import Rejected
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
+from pipeline.text import UNSPACED
 
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 SHINGLE_WORDS = 5

@@ -29,7 +29,6 @@ from pipeline.held_out import (
 )
 from pipeline.measure import measure_adapters
 from pipeline.previous import adapter_of
-from pipeline.prompts import declines
 from pipeline.publish import previous_version
 from pipeline.resources import engine_options, worker_options
 from pipeline.schema import digest
@@ -46,6 +45,7 @@ from pipeline.score import (
 )
 from pipeline.stage import attempt, in_turns, show_progress, start_ray, watching
 from pipeline.store import Stage, require_line
+from pipeline.text import declines
 from pipeline.train import train_adapters
 
 LINEAGE_ROWS = 3

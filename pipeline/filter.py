@@ -13,11 +13,12 @@ import pyarrow as pa
 from pipeline.config import Config, FilterSection
 from pipeline.held_out import HeldOut, NearQuestions, hold_out
 from pipeline.previous import PreviousRun, adapter_digest
-from pipeline.prompts import invents_number, normalise, spaced_words, speaks_of_text, titled, told_by_passage
+from pipeline.prompts import titled
 from pipeline.resources import worker_options
 from pipeline.schema import REASONS, Rejected, digest
 from pipeline.stage import Actors, Job, run_alike
 from pipeline.store import Stage, Unit, require_line
+from pipeline.text import invents_number, normalise, spaced_words, speaks_of_text, told_by_passage
 
 
 def filter_answers(configs: list[Config], redo: bool = False) -> list[Any]:

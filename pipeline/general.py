@@ -20,11 +20,12 @@ from pipeline.base_model import BaseModel
 from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
 from pipeline.previous import previous_settings
-from pipeline.prompts import normalise, split_words, student_chat
+from pipeline.prompts import student_chat
 from pipeline.retrieve import PassageIndex, passages_of
 from pipeline.schema import REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
+from pipeline.text import normalise, split_words
 
 HELD_OUT = "held-out"
 FORGOTTEN = "forgotten"

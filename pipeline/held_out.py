@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 from pipeline.config import Config, Evaluate
 from pipeline.engine import load_tokenizer, render_chat
 from pipeline.previous import PreviousRun, earlier_runs
-from pipeline.prompts import normalise, split_words, teacher_chat, titled
+from pipeline.prompts import teacher_chat, titled
 from pipeline.score import comparable
 from pipeline.store import Stage, open_uri
+from pipeline.text import normalise, split_words
 
 
 class TestQuestion(NamedTuple):

@@ -18,21 +18,11 @@ from pipeline.base_model import BaseModel
 from pipeline.config import Config, QuestionKind, QuestionSection
 from pipeline.engine import Engine, render_chat
 from pipeline.previous import PreviousRun, previous_settings
-from pipeline.prompts import (
-    is_about,
-    is_standalone,
-    normalise,
-    parse_questions,
-    prompts_digest,
-    question_chat,
-    questions_schema,
-    sentences,
-    told_by_passage,
-    untold,
-)
+from pipeline.prompts import parse_questions, prompts_digest, question_chat, questions_schema
 from pipeline.schema import QUESTION, Question, Rejected, digest, seed_of, to_table
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
+from pipeline.text import is_about, is_standalone, normalise, sentences, told_by_passage, untold
 
 
 class Call(NamedTuple):

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import regex
 import Stemmer
 
-from pipeline.prompts import UNSPACED
 from pipeline.store import Stage
+from pipeline.text import UNSPACED
 
 PASSAGES = "passages.parquet"
 _UNSPACED_RUN = regex.compile(rf"[[{UNSPACED}]&&[\p{{L}}\p{{M}}\p{{N}}]]+", regex.V1)

@@ -15,7 +15,7 @@ import numpy as np
 import regex
 
 from pipeline.config import Evaluate
-from pipeline.prompts import split_words
+from pipeline.text import split_words
 
 # The name and what answers, in the order of a table: from what knows nothing to what reads everything.
 ARMS = {

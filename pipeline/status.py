@@ -44,8 +44,7 @@ def read_status(config: Config) -> dict[str, Any]:
             source, units = UNITS[name]
             entry["units_left"] = len(units(all_stages[source])) - len(stage.committed())
         if tokens := totals["stats"].get("output_tokens"):
-            entry["output_tokens"] = tokens
-            entry["tokens_per_s"] = round(tokens / max(totals["stats"]["engine_seconds"], 1e-9), 1)
+            entry |= {"output_tokens": tokens, "tokens_per_s": _rate(totals["stats"])}
         if progress := stage.folder.read_json("progress.json") or (manifest is None and stage.read_progress()):
             entry["progress"] = progress
         stages[name] = entry

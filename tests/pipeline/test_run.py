@@ -24,9 +24,9 @@ from benchmarks.raylets import DEADLINE_S
 from pipeline import status
 from pipeline.config import load_config
 from pipeline.engine import load_tokenizer
-from pipeline.prompts import normalise
 from pipeline.schema import ROWS
 from pipeline.store import Folder, Stage
+from pipeline.text import normalise
 from tests.conftest import rows
 from tests.pipeline.test_parse import BAD
 from tests.serve.conftest import endpoint
