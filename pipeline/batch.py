@@ -44,7 +44,9 @@ class Packed:
 
     input_ids: Tensor  # int64 [rows, L]
     position_ids: Tensor  # int64 [rows, L], from zero in every sample; each goes on behind the shared opening
-    attention_mask: Tensor  # bf16 [rows, 1, L, L], added to the scores: zero for earlier tokens of the same sample
+    attention_mask: (
+        Tensor  # bf16 [rows, 1, L, L], added to the scores: zero for earlier tokens of a sample, opening included
+    )
     answer_index: Tensor  # int64 [A], into the flattened [rows * L]
 
     def to(self, device: torch.device) -> "Packed":

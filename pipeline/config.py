@@ -44,6 +44,7 @@ ENGINE_KEYS_SET_HERE = frozenset(
         "logprobs_mode",
         "enable_lora",
         "max_loras",
+        "max_cpu_loras",
         "max_lora_rank",
         "tensor_parallel_size",
         "gpu_memory_utilization",

@@ -2,7 +2,7 @@
 
 In: prompts as token ids, and a seed for all of them. Out: one `Completion` per prompt, in order.
 The engine runs inside the calling process (an actor) and forgets its prefix cache between calls, so that a unit of work
-that is redone after a crash sees the same batches, and hence the same tokens, as in an undisturbed run.
+that is redone after a crash sees the same batches as in an undisturbed run and, but on several GPUs, the same tokens.
 """
 
 import io

@@ -230,6 +230,6 @@ def parse_questions(reply: str) -> list[str]:
 
 
 def prompts_digest() -> str:
-    """Change whenever any prompt changes: part of the settings of the stages that use them."""
+    """Change whenever a prompt of the writing stages changes: part of their settings."""
     chats = [question_chat("<passage>", "<heading>", kind, 0, "<focus>", ["<answer>"]) for kind in QUESTION_KINDS]
     return digest(json.dumps([chats, teacher_chat("<passage>", "<heading>", "<question>"), student_chat("<question>")]))

@@ -42,14 +42,7 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     """
     line = require_line(config.run_dir, "evaluate")
     trained, evaluated = line["train"], line["evaluate"]
-    failed = check_gate(evaluated, config.publish.gate)
-    previous = previous_version(config, base, trained["data_digest"])
-    was, now = evaluated["settings"].get("previous"), previous and previous.name
-    if config.publish.gate.max_previous_loss is not None and was != now:
-        failed.append(
-            f"it was compared with {was or 'no earlier version'}, and clients have {now or 'none'} now: evaluate it "
-            "again, with --redo"
-        )
+    failed = _check(config, base, trained, evaluated)
     if failed and force is None:
         raise ValueError(
             f"the adapter {config.publish.name} is not published: {'; '.join(failed)}. See "
@@ -97,6 +90,19 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     else:
         move_alias(adapters, version)
     return manifest | {"uri": str(adapters / version)}
+
+
+def _check(config: Config, base: BaseModel, trained: dict[str, Any], evaluated: dict[str, Any]) -> list[str]:
+    """Return what speaks against publishing: the gate, and a comparison with what clients no longer have."""
+    failed = check_gate(evaluated, config.publish.gate)
+    previous = previous_version(config, base, trained["data_digest"])
+    was, now = evaluated["settings"].get("previous"), previous and previous.name
+    if config.publish.gate.max_previous_loss is not None and was != now:
+        failed.append(
+            f"it was compared with {was or 'no earlier version'}, and clients have {now or 'none'} now: evaluate it "
+            "again, with --redo"
+        )
+    return failed
 
 
 def _user() -> str:

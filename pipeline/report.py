@@ -165,8 +165,7 @@ def draw_scores(scores: dict[str, dict[str, Any]], metric: str) -> Markup:
 
 def draw_calibration(arm: str, measured: dict[str, Any]) -> Markup:
     """Share right over confidence, one dot per bin."""
-    bins = [row for row in measured["bins"] if row["count"]]
-    confidence, right = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
+    confidence, right = ([row[name] for row in measured["bins"]] for name in ("confidence", "accuracy"))
     figure = Figure((140 / 72, 130 / 72))
     axes = figure.add_axes((0.13, 0.23, 0.82, 0.72))
     axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=(0, (3, 2)))

@@ -27,14 +27,14 @@ REASONS = Literal[
     "no_text_field",
     "duplicate",
     "near_duplicate",
-    # question
+    # question and general; too_long of answer and reading, too
     "unparsable",
     "not_standalone",
     "off_passage",
     "duplicate_question",
     "over_quota",
     "too_long",
-    # answer and filter
+    # filter; it and general find what is empty, too
     "unfinished",
     "leak_phrase",
     "invented_number",

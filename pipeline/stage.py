@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 CODE = Path(__file__).resolve().parent.parent
 # What workers do not need of it; the code alone is well under a megabyte.
 NOT_CODE = [".git", ".venv", ".models", "models", "runs", "registry", "tests", "benchmarks/results", "**/__pycache__"]
-_OBJECT_STORE = 256 << 20  # bytes; rows stay in shards, so only unit names pass through it
+_OBJECT_STORE = 256 << 20  # bytes; rows stay in shards: what passes through it are unit names, signatures and replies
 SMALL_PIECES = 128  # the work ends with so many pieces, at least, of a single unit
 WATCHED_STAGES = 64  # of more than these, their units move the bar
 MAX_DEATHS = 8  # of actors over the same piece of work; with one more, the run gives up
@@ -210,7 +210,7 @@ def run_stages(jobs: list[Job], actors: Actors, redo: bool = False) -> list[Any]
 
     Units of the same name in one run are done by the same actor, in the order of the jobs: a later one may read what an
     earlier one wrote. It is an error if a stage was made with other settings, or if it rejects too large a share of its
-    rows; the other stages are completed all the same.
+    rows; what is built on a refused stage is not begun, and all others are completed all the same.
     """
     outcomes: list[Any] = []
     refused: dict[str, ValueError] = {}  # by run: what is built on a refused stage is not done either

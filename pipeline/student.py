@@ -1,6 +1,6 @@
 """The student: base model + LoRA adapter and its loss on packed answers; with the adapter off, the online teacher.
 
-In: a base-model folder, packed samples and a teacher signal. Out: the summed loss of a micro-batch, or KL per answer.
+In: a base-model folder, packed samples and a teacher signal. Out: the loss of every answer token, or KL per answer.
 The decoder and the output matrix are called apart, so that logits exist at answer positions only, chunk by chunk.
 """
 

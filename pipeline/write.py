@@ -1,10 +1,12 @@
 """Passages -> Questions -> Answers, and the general ones: the stages that write, with engines that are loaded once.
 
-In: the complete chunk stages of one corpus or many. Out: the stages question, answer and general of each. An actor that
-has written the questions of a shard answers them next; any of the stages can also run alone.
+In: the complete chunk stages of one corpus or many. Out: the stages question, answer and general of each and, where
+they are wanted, reading and forgotten. An actor that has written the questions of a shard answers them next; question,
+answer and general can also run alone.
 """
 
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from pipeline.answer import answer_job
@@ -28,22 +30,21 @@ def write(configs: list[Config], base: BaseModel, redo: bool = False, stages: tu
     once if a previous run has them.
     """
     planned = [attempt(partial(_jobs, config, base, redo, stages)) for config in configs]
-    plans = [plan for plan in planned if not isinstance(plan, ValueError)]
-    copies = [plan.pop("general") for plan in plans[1:] if "general" in plan]
-    jobs = [job for plan in plans for job in plan.values()]
+    plans = {number: plan for number, plan in enumerate(planned) if not isinstance(plan, ValueError)}
+    first_plan = next(iter(plans.values()), {})
+    copies = {number: plan.pop("general") for number, plan in islice(plans.items(), 1, None) if "general" in plan}
+    jobs = [job for plan in plans.values() for job in plan.values()]
     first = configs[0]
     cluster = first.cluster
     load_engine = partial(Engine, first.model, cluster, first.answer.top_k)
     actors = Actors(cluster, cluster.num_engines, engine_options(cluster), load_engine)
     outcomes = iter(run_stages(jobs, actors, redo))
-    results = []
-    for plan in planned:
-        if not isinstance(plan, ValueError):
-            done = {name: next(outcomes) for name in plan}
-            if copies and plan is not plans[0]:
-                done["general"] = attempt(partial(_copy, copies.pop(0), plans[0]["general"].stage, redo))
-            plan = next((error for error in done.values() if isinstance(error, ValueError)), done)
-        results.append(plan)
+    results = list(planned)
+    for number, plan in plans.items():
+        done = {name: next(outcomes) for name in plan}
+        if number in copies:
+            done["general"] = attempt(partial(_copy, copies[number], first_plan["general"].stage, redo))
+        results[number] = next((error for error in done.values() if isinstance(error, ValueError)), done)
     return results
 
 
