@@ -44,9 +44,7 @@ class Packed:
 
     input_ids: Tensor  # int64 [rows, L]
     position_ids: Tensor  # int64 [rows, L], from zero in every sample; each goes on behind the shared opening
-    attention_mask: (
-        Tensor  # bf16 [rows, 1, L, L], added to the scores: zero for earlier tokens of a sample, opening included
-    )
+    attention_mask: Tensor  # bf16 [rows, 1, L, L], added to the scores: zero for a sample's earlier tokens and opening
     answer_index: Tensor  # int64 [A], into the flattened [rows * L]
 
     def to(self, device: torch.device) -> "Packed":
