@@ -156,14 +156,14 @@ def rescore(config: Config, answers: pa.Table) -> Exact:
 
 def measure_store(folder: str, name: str, table: pa.Table, repeats: int) -> dict[str, Any]:
     """Send a table through the store: commit a unit, read it back, and pick single answers as training does."""
-    stage = Stage(folder, name.replace(" ", "-"))
+    stage = Stage(f"{folder}/{name.replace(' ', '-')}", "answer")
     result = measure(
         table,
         repeats,
         lambda: stage.commit("unit", [table], [], table.num_rows).bytes,
         lambda: stage.read_unit("unit"),
     )
-    shard = f"{folder}/{stage.name}/data/unit-00000.parquet"
+    shard = f"{stage.folder}/data/unit-00000.parquet"
     data = AnswerData([stage.read_unit("unit")])
     order = np.random.default_rng(0).permutation(table.num_rows).tolist()
     started = time.perf_counter()

@@ -79,10 +79,9 @@ def _command(options: argparse.Namespace, configs: dict[str, Config]) -> dict[st
         heavy = {"write", "train"}
     refuse_small_machine(first.cluster, [each for each in demands(first) if each.stage in heavy])
     if command in ("run", "evaluate") and (judge := first.evaluate.judge) and judge.model:
-        from pipeline.arms import grade_remotely, judge_key
-        from pipeline.prompts import judge_chat
+        from pipeline.arms import judge_key, try_judge
 
-        grade_remotely(judge, [judge_chat("Who designed the bridge?", ["Ida Voss"], "Ida Voss did.")], judge_key())
+        try_judge(judge, judge_key())
     with contextlib.ExitStack() as held, ray_session():
         for config in islice(configs.values(), MOST_HELD):
             held.enter_context(Folder(config.run_dir).hold())
@@ -116,7 +115,8 @@ def _prepare(config: Config, command: str, base: Any) -> None:
     if grades and judge and judge.model and not judge.url and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("evaluate.judge.model needs OPENAI_API_KEY in the environment, or evaluate.judge.url; set one")
     refuse_long_contexts(config)
-    previous_settings(config, base)
+    if command in ("run", "write", *PARTS, "filter", "train"):
+        previous_settings(config, base)
     if config.train.lora.target_modules != "all-linear":
         refuse_unknown_layers(config.model.path, config.train.lora.target_modules)
     folders = {"run_dir": Folder(config.run_dir)}

@@ -23,7 +23,7 @@ from pipeline.stage import attempt
 from pipeline.store import Folder, Stage
 
 GENERAL_QUESTIONS = Path(__file__).with_name("general_questions.jsonl")
-LOCATED = 0.1  # least score of a context in its own passage: an unrelated one has 0.05, a third of it 0.12
+REFUSALS = (400, 413, 422)  # of one request, by its content
 GENERAL_TOKENS = 32  # of a reply to a general question: a capital, a number, or that there is no such thing
 
 
@@ -171,10 +171,14 @@ def _read_gold_passages(engine: Any, questions: list[TestQuestion], settings: An
 
 def _locate(question: TestQuestion, index: Any) -> TestQuestion:
     """Find the passage that a question's context comes from, by its words; the corpus may have none."""
-    hits = [] if question.passage_id else index.search(question.context, 1)
-    if not hits or hits[0].score < LOCATED:
+    from pipeline.retrieve import SAME_TEXT, overlap
+
+    if question.passage_id:
         return question
-    return question._replace(document=hits[0].passage["source"], passage_id=hits[0].passage["passage_id"])
+    for hit in index.search(question.context, 1):
+        if overlap(question.context, hit.passage["text"]) >= SAME_TEXT:
+            return question._replace(document=hit.passage["source"], passage_id=hit.passage["passage_id"])
+    return question
 
 
 def _confidence(logprobs: np.ndarray) -> float:
@@ -186,32 +190,48 @@ def judge_key() -> str:
     return os.environ.get("OPENAI_API_KEY", "none")
 
 
+def try_judge(judge: Judge, api_key: str) -> None:
+    """Raise ValueError unless the model at an endpoint grades."""
+    import openai
+
+    try:
+        _grade(_client(judge, api_key), judge, judge_chat("Who designed the bridge?", ["Ida Voss"], "Ida Voss did."))
+    except openai.OpenAIError as error:
+        raise ValueError(f"evaluate.judge: {judge.model!r} does not grade ({error})") from None
+
+
 def grade_remotely(judge: Judge, chats: list[Any], api_key: str) -> list[str]:
     """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while.
 
-    A request that it refuses, as too long or by a filter of its content, gets no grade, unless it refuses all.
+    A request that it refuses, as too long or by a filter of its content, gets no grade.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     import openai
 
-    client = openai.OpenAI(base_url=judge.url, api_key=api_key, max_retries=5)
+    client = _client(judge, api_key)
 
-    def grade(chat: Any) -> str | openai.BadRequestError:
+    def grade(chat: Any) -> str:
         try:
-            done = client.chat.completions.create(
-                model=str(judge.model), messages=chat, temperature=0, max_tokens=judge.max_tokens
-            )
-        except openai.BadRequestError as error:
-            return error
-        return (done.choices[0].message.content or "") if done.choices else ""
+            return _grade(client, judge, chat)
+        except openai.APIStatusError as error:
+            if error.status_code in REFUSALS:
+                return ""
+            raise
 
     try:
         with ThreadPoolExecutor(judge.concurrency) as pool:
-            graded = list(pool.map(grade, chats))
-        refusals = [given for given in graded if not isinstance(given, str)]
-        if refusals and len(refusals) == len(graded):
-            raise refusals[0]
+            return list(pool.map(grade, chats))
     except openai.OpenAIError as error:
         raise ValueError(f"evaluate.judge: {judge.model!r} does not grade ({error})") from None
-    return [given if isinstance(given, str) else "" for given in graded]
+
+
+def _client(judge: Judge, api_key: str) -> Any:
+    import openai
+
+    return openai.OpenAI(base_url=judge.url, api_key=api_key, max_retries=5)
+
+
+def _grade(client: Any, judge: Judge, chat: Any) -> str:
+    done = client.chat.completions.create(model=judge.model, messages=chat, temperature=0, max_tokens=judge.max_tokens)
+    return (done.choices[0].message.content or "") if done.choices else ""

@@ -213,8 +213,8 @@ class Update(Section):
     replay_share: float = Field(default=0.5, ge=0, lt=1)
     """Share of answers about unchanged passages among the samples of every epoch, against forgetting."""
     forget_removed: bool = False
-    """Asked about what previous_run was taught and its files say no more, the student learns to answer like the base
-    model again."""
+    """Asked about what previous_run was taught and no document says any more, the student learns to answer like the
+    base model again."""
     ask_again: bool = False
     """Second round: about the unchanged passages, too, `question.per_passage` questions are written that were not asked
     there."""

@@ -7,13 +7,11 @@ measuring how far it moved. Where a corpus lost passages, the questions about th
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import cycle, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from bm25s.stopwords import STOPWORDS_EN
 
 from pipeline.answer import answer_table, tail_mass
 from pipeline.base_model import BaseModel
@@ -21,17 +19,16 @@ from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
 from pipeline.previous import previous_settings
 from pipeline.prompts import student_chat
-from pipeline.retrieve import PassageIndex, passages_of
+from pipeline.retrieve import SAME_TEXT, PassageIndex, overlap, passage_texts, telling_words
 from pipeline.schema import REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
-from pipeline.text import normalise, split_words
+from pipeline.text import normalise
 
 HELD_OUT = "held-out"
 FORGOTTEN = "forgotten"
 UNIT_PROMPTS = 128
 SPARE = 2  # prompts sampled for each one wanted: some are empty, or there already
-STOPWORDS = frozenset(STOPWORDS_EN)
 MIN_CHARS = 6  # of a prompt's words; not a number of words, which some scripts do not separate
 NEAREST = 4  # new passages that an old one is looked for in: what it said may be cut elsewhere now
 
@@ -120,6 +117,7 @@ class ForgottenWriter:
     """One unit is one shard of the previous run's passages, of which it takes those whose text stands nowhere any more.
 
     Some of what they said may stand in new passages, of this file or another; questions about that are left out.
+    Holds 100 bytes a passage of both runs in memory, and the new texts.
     """
 
     def __init__(self, run_dir: str, previous_run: str, settings: AnswerSection, engine: Engine) -> None:
@@ -127,9 +125,10 @@ class ForgottenWriter:
         self._passages = Stage(previous_run, "chunk")
         self._questions = Stage(previous_run, "question")
         self._answers = Stage(previous_run, "answer")
-        now, before = passages_of(run_dir), passages_of(previous_run)
-        self._texts_now = set(now["text"].to_pylist())
-        self._new = PassageIndex.build(now.filter(~pc.field("text").isin(before["text"].combine_chunks())))
+        before = set(map(digest, passage_texts(previous_run)))
+        self._now = set(map(digest, passage_texts(run_dir)))
+        new = [text for text in passage_texts(run_dir) if digest(text) not in before]
+        self._new = PassageIndex.build(pa.table({"heading": [""] * len(new), "text": new}))
         self._settings = settings
         self._engine = engine
 
@@ -139,7 +138,7 @@ class ForgottenWriter:
         gone = {
             row["passage_id"]: (row["text"], self._find_new(row["text"]))
             for row in passages
-            if row["text"] not in self._texts_now
+            if digest(row["text"]) not in self._now
         }
         wrong = {
             row["question_id"]
@@ -156,18 +155,14 @@ class ForgottenWriter:
         return self._stage.commit(unit["name"], [table], [], len(rows), self._engine.stats.since(before))
 
     def _find_new(self, text: str) -> str:
-        return "\n".join(hit.passage["text"] for hit in self._new.search(text, NEAREST))
+        found = (hit.passage["text"] for hit in self._new.search(text, NEAREST))
+        return "\n".join(new for new in found if overlap(text, new) >= SAME_TEXT)
 
 
 def is_wrong_now(answer: str, said: str, new: str) -> bool:
     """True if an answer has a word of its passage that stands no more in what is new, or nothing of it stands there."""
-    before, now = _telling_words(said), _telling_words(new)
-    return not before & now or bool((before - now) & _telling_words(answer))
-
-
-@lru_cache(8)  # a passage and what is new stand beside many answers
-def _telling_words(text: str) -> set[str]:
-    return set(split_words(normalise(text))) - STOPWORDS
+    before, now = telling_words(said), telling_words(new)
+    return not before & now or bool((before - now) & telling_words(answer))
 
 
 def answer_alone(

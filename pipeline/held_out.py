@@ -227,7 +227,8 @@ def held_out_questions(config: Config) -> list[TestQuestion]:
     """Return the written questions that `filter` kept from training; the stored answer is the accepted one."""
     questions, passages, documents = (Stage(config.run_dir, name) for name in ("question", "chunk", "dedup"))
     by_question = {row["question_id"]: row for row in _held_out_answers(config.run_dir)}  # one answer for each
-    found = [by_question[key] for key in sorted(by_question)][: config.evaluate.max_questions]
+    chosen = set(sorted(by_question)[: config.evaluate.max_questions])
+    found = [row for key, row in by_question.items() if key in chosen]
     if not found:
         return []
 

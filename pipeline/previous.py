@@ -118,10 +118,11 @@ class PassagesBySource:
 
 def earlier_runs(config: Config) -> Iterator[str]:
     """Yield the directories of the runs that this one goes on from, the latest first; behind one that is gone, none."""
-    run_dir = config.update.previous_run
-    while run_dir:
+    run_dir, seen = config.update.previous_run, {config.run_dir}
+    while run_dir and run_dir not in seen:  # two directories may have been used in turn
         yield run_dir
-        run_dir = (Folder(run_dir).read_json("config.json") or {"update": {}})["update"].get("previous_run")
+        seen.add(run_dir)
+        run_dir = (Stage(run_dir, "train").manifest() or {}).get("previous_run")
 
 
 def _id_now(old: str, previous_passage_id: str, passage_id: str) -> str:
@@ -148,11 +149,14 @@ def previous_settings(config: Config, base: BaseModel) -> dict[str, str]:
     run_dir = config.update.previous_run
     if run_dir is None:
         return {}
+    adapter, lora = adapter_of(run_dir).read_json("adapter_config.json"), config.train.lora
     try:
         answer = require_line(run_dir, "train")["answer"]
+        if adapter is None:
+            raise ValueError(f"its adapter, {adapter_of(run_dir)}, is gone; train it again")
     except ValueError as error:
         raise ValueError(f"update.previous_run = {run_dir!r}: {error}") from None
-    wrote, adapter, lora = answer["settings"], adapter_of(run_dir).read_json("adapter_config.json"), config.train.lora
+    wrote = answer["settings"]
     layers = adapter["target_modules"] if lora.target_modules == "all-linear" else lora.target_modules
     for name, was, now in (
         *((f"{name} of its base model", wrote["model"][name], value) for name, value in base.identity().items()),

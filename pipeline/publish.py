@@ -42,7 +42,7 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     """
     line = require_line(config.run_dir, "evaluate")
     trained, evaluated = line["train"], line["evaluate"]
-    failed = _check(config, base, trained, evaluated)
+    failed = _objections(config, base, trained, evaluated)
     if failed and force is None:
         raise ValueError(
             f"the adapter {config.publish.name} is not published: {'; '.join(failed)}. See "
@@ -92,7 +92,7 @@ def publish_adapter(config: Config, base: BaseModel, force: str | None = None) -
     return manifest | {"uri": str(adapters / version)}
 
 
-def _check(config: Config, base: BaseModel, trained: dict[str, Any], evaluated: dict[str, Any]) -> list[str]:
+def _objections(config: Config, base: BaseModel, trained: dict[str, Any], evaluated: dict[str, Any]) -> list[str]:
     """Return what speaks against publishing: the gate, and a comparison with what clients no longer have."""
     failed = check_gate(evaluated, config.publish.gate)
     previous = previous_version(config, base, trained["data_digest"])

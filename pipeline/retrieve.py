@@ -7,7 +7,7 @@ For the evaluation also by embeddings, of any sentence-transformers model.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import regex
 import Stemmer
+from bm25s.stopwords import STOPWORDS_EN
 
 from pipeline.store import Stage
-from pipeline.text import UNSPACED
+from pipeline.text import UNSPACED, normalise
 
 PASSAGES = "passages.parquet"
+SAME_TEXT = 0.4  # overlap, from which a text is said to be of another; half of one has 0.5, an unrelated one 0.1 to 0.4
+STOPWORDS = frozenset(STOPWORDS_EN)
 _UNSPACED_RUN = regex.compile(rf"[[{UNSPACED}]&&[\p{{L}}\p{{M}}\p{{N}}]]+", regex.V1)
 _LETTER = regex.compile(r"\P{M}")  # vowel signs are not part of a word to bm25s
 
@@ -115,6 +118,25 @@ def passages_of(run_dir: str) -> pa.Table:
     table = pa.concat_tables([pa.schema([(c, pa.string()) for c in columns]).empty_table(), *tables])
     sources = pa.array([source_of[doc_id] for doc_id in table["doc_id"].to_pylist()], pa.string())
     return table.set_column(1, "source", sources)
+
+
+def passage_texts(run_dir: str) -> Iterator[str]:
+    """Yield the texts of all passages of a run, a shard in memory at a time."""
+    passages = Stage(run_dir, "chunk")
+    for shard in passages.shards():
+        yield from passages.read_shard(shard, ["text"])["text"].to_pylist()
+
+
+def overlap(text: str, other: str) -> float:
+    """Return the share of the shorter text's words that the other one has, too (Szymkiewicz and Simpson's)."""
+    words, others = telling_words(text), telling_words(other)
+    return len(words & others) / max(1, min(len(words), len(others)))
+
+
+@lru_cache(8)  # a text stands beside many others
+def telling_words(text: str) -> frozenset[str]:
+    """Return its words without stop words and, where a script puts no spaces, its pairs of letters."""
+    return frozenset(normalise(_UNSPACED_RUN.sub(_pair_letters, text)).split()) - STOPWORDS
 
 
 @lru_cache(1)

@@ -44,7 +44,10 @@ CALIBRATION_BINS = 5
 _PUNCTUATION = regex.compile(r"[\p{P}\p{S}]")
 _THOUSANDS = regex.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _ARTICLE = regex.compile(r"\b(?:a|an|the)\b")
-_ENDS_IN_ARTICLE = regex.compile(r"\w\W+(?:a|an|the)\W*$")
+_LETTER = regex.compile(r"[\p{Latin}\p{Greek}\p{Cyrillic}]?")
+_TELLING_END = regex.compile(r"\w\s+A\W*$|(?<!\w)\p{L}[+#\p{Pd}]+$")  # Schedule A, C++, Grade B-
+_DASH = regex.compile(r"\p{Pd}")
+_SYMBOLS = frozenset("+#-&%")
 
 Points = dict[str, dict[str, list[float]]]  # arm -> metric -> one number per question
 
@@ -58,22 +61,32 @@ def normalise_answer(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", text).split())
 
 
-def _as_written(text: str) -> str:
-    """Lower case, sentences' punctuation out, white space folded."""
-    words = (word.strip(".,;:!?\"'()[]*_") for word in unicodedata.normalize("NFKC", text).lower().split())
-    return " ".join(filter(None, words))
+def comparable(answer: str) -> bool:
+    """True if there is something in an accepted answer that a reply could match."""
+    return bool(_compared(answer, "")[0])
 
 
-def _normaliser(answer: str) -> Callable[[str], str]:
-    """Return what compares an answer with a reply: of "C++", "B-" and "Schedule A" SQuAD's rules leave too little."""
-    left = normalise_answer(answer)
-    is_too_little = (len(left) < 2 and not left.isdigit()) or _ENDS_IN_ARTICLE.search(answer.lower())
-    return _as_written if is_too_little else normalise_answer
+def _compared(answer: str, reply: str) -> tuple[str, str]:
+    """Return both as they are compared, the answer as "" if nothing is left of it.
+
+    By SQuAD's rules, for which the A of "Schedule A" is an article and "C++" a C: what ends so, and a single letter, is
+    compared as a word of its own, with article and symbols; a lone A or B must be a capital in the reply, too.
+    """
+    short = normalise_answer(answer)
+    if not _LETTER.fullmatch(short) and not _TELLING_END.search(answer):
+        return short, normalise_answer(reply)
+    symbols = _SYMBOLS & set(_unify(answer))
+    wanted, said = (
+        " ".join(_PUNCTUATION.sub(lambda m: m[0] if m[0] in symbols else " ", _unify(text)).split())
+        for text in (answer, reply)
+    )
+    if wanted != "A" and not _ARTICLE.sub("", wanted.lower()).strip():
+        return "", said
+    return (f" {wanted} ", f" {said} ") if len(wanted) == 1 else (f" {wanted.lower()} ", f" {said.lower()} ")
 
 
-def comparable(answer: str) -> str:
-    """Return an accepted answer as it is compared; "" for mere articles and punctuation, which no reply can match."""
-    return _normaliser(answer)(answer) if _ARTICLE.sub("", _as_written(answer)) else ""
+def _unify(text: str) -> str:
+    return _DASH.sub("-", unicodedata.normalize("NFKC", text))
 
 
 def substring_match(reply: str, answers: Sequence[str]) -> bool:
@@ -81,7 +94,8 @@ def substring_match(reply: str, answers: Sequence[str]) -> bool:
 
     By characters, as there: "20" stands in "1205", too.
     """
-    return any((wanted := comparable(answer)) and wanted in _normaliser(answer)(reply) for answer in answers)
+    pairs = (_compared(answer, reply) for answer in answers)
+    return any(wanted and wanted in said for wanted, said in pairs)
 
 
 def token_f1(reply: str, answers: Sequence[str]) -> float:
@@ -91,7 +105,7 @@ def token_f1(reply: str, answers: Sequence[str]) -> float:
     """
 
     def f1(answer: str) -> float:
-        wanted, given = split_words(comparable(answer)), split_words(_normaliser(answer)(reply))
+        wanted, given = map(split_words, _compared(answer, reply))
         common = sum((Counter(given) & Counter(wanted)).values())
         return 2 * common / (len(given) + len(wanted)) if common else 0.0
 

@@ -25,7 +25,10 @@ UNITS: dict[str, tuple[str, Callable[[Stage], Collection[str]]]] = {
 def stages_of(config: Config) -> dict[str, Stage]:
     """Return the stages that this config asks for, by name."""
     names = [*STAGES, *(f"baseline-{name}" for name in config.evaluate.baselines)]
-    names += ["forgotten"] * config.update.forget_removed + ["reading"] * (config.reading.per_passage > 0)
+    if config.update.forget_removed:
+        names.append("forgotten")
+    if config.reading.per_passage:
+        names.append("reading")
     return {name: Stage(config.run_dir, name) for name in names}
 
 

@@ -37,7 +37,8 @@ def train_adapters(configs: list[Config], base: BaseModel, redo: bool = False, n
         results = {number: stage.folder.read_json("result.json") or {} for number, stage in todo.items()}
         busy = sum(result.get("seconds", 0.0) for result in results.values())
         for number, stage in todo.items():
-            outcomes[number] = attempt(partial(_close, stage, results[number], seconds / max(busy, 1e-9)))
+            close = partial(_close, configs[number], stage, results[number], seconds / max(busy, 1e-9))
+            outcomes[number] = attempt(close)
     return outcomes
 
 
@@ -63,14 +64,15 @@ def _open(config: Config, base: BaseModel, redo: bool, name: str) -> Stage | dic
     return stage
 
 
-def _close(stage: Stage, result: dict[str, Any], overhead: float) -> dict[str, Any]:
+def _close(config: Config, stage: Stage, result: dict[str, Any], overhead: float) -> dict[str, Any]:
     if refusal := stage.folder.read_json(REFUSAL):
         raise ValueError(refusal)
     adapter, totals = stage.folder / "adapter", stage.totals()
     # Of two trainings with the same settings only one made what is evaluated and published.
     contents = (part for name in adapter.list() for part in (name, adapter.read_bytes(name)))
     totals["data_digest"] = digest(totals["data_digest"], *contents)
-    return stage.close(result["seconds"] * overhead, {"training": result}, totals)
+    made_from = {"training": result, "previous_run": config.update.previous_run}
+    return stage.close(result["seconds"] * overhead, made_from, totals)
 
 
 def check_manifest(answers: dict[str, Any], base: BaseModel) -> dict[str, str]:

@@ -6,7 +6,6 @@ answer and general can also run alone.
 """
 
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from pipeline.answer import answer_job
@@ -31,20 +30,19 @@ def write(configs: list[Config], base: BaseModel, redo: bool = False, stages: tu
     """
     planned = [attempt(partial(_jobs, config, base, redo, stages)) for config in configs]
     plans = {number: plan for number, plan in enumerate(planned) if not isinstance(plan, ValueError)}
-    first_plan = next(iter(plans.values()), {})
-    copies = {number: plan.pop("general") for number, plan in islice(plans.items(), 1, None) if "general" in plan}
-    jobs = [job for plan in plans.values() for job in plan.values()]
+    jobs = {(name, number): job for number, plan in plans.items() for name, job in plan.items()}
+    general = [key for key in jobs if key[0] == "general"]
+    written = {key: job for key, job in jobs.items() if key not in general[1:]}
     first = configs[0]
     cluster = first.cluster
     load_engine = partial(Engine, first.model, cluster, first.answer.top_k)
     actors = Actors(cluster, cluster.num_engines, engine_options(cluster), load_engine)
-    outcomes = iter(run_stages(jobs, actors, redo))
+    done = dict(zip(written, run_stages(list(written.values()), actors, redo), strict=True))
+    done |= {key: attempt(partial(_copy, jobs[key], jobs[general[0]].stage, redo)) for key in general[1:]}
     results = list(planned)
     for number, plan in plans.items():
-        done = {name: next(outcomes) for name in plan}
-        if number in copies:
-            done["general"] = attempt(partial(_copy, copies[number], first_plan["general"].stage, redo))
-        results[number] = next((error for error in done.values() if isinstance(error, ValueError)), done)
+        manifests = {name: done[name, number] for name in plan}
+        results[number] = next((error for error in manifests.values() if isinstance(error, ValueError)), manifests)
     return results
 
 

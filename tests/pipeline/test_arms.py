@@ -70,8 +70,6 @@ def test_a_judge_at_an_endpoint_grades_in_the_order_of_the_replies() -> None:
     with endpoint(Grader) as judge:
         graded = grade_remotely(judge, [judge_chat("Who built it?", ["Rosa"], reply) for reply in replies], "a key")
         assert list(map(parse_grade, graded)) == [True, False, None, True, None] * 5
-        with pytest.raises(ValueError, match=r"evaluate\.judge: 'grader' does not grade .*400"):
-            grade_remotely(judge, [judge_chat("Who built it?", ["Rosa"], "Max.")] * 2, "a key")
 
 
 def test_a_judge_that_refuses_our_key_is_named_before_anything_is_written(

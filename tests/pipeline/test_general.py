@@ -69,7 +69,7 @@ EDITED = SAID.replace("1962", "1971").replace("Bob Lee", "Tim Roe").replace("2 y
         ("Yes.", "", True),
     ],
 )
-def test_only_what_a_changed_file_says_no_more_is_to_be_forgotten(answer: str, new: str, is_wrong: bool) -> None:
+def test_only_what_is_said_no_more_is_to_be_forgotten(answer: str, new: str, is_wrong: bool) -> None:
     assert is_wrong_now(answer, SAID, new) == is_wrong
 
 

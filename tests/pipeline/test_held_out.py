@@ -21,7 +21,7 @@ from pipeline.held_out import (
     refuse_long_contexts,
 )
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, to_table
-from pipeline.store import Folder, Stage
+from pipeline.store import Stage
 from tests.conftest import ROOT, make_config
 from tests.pipeline.test_filter import answers
 
@@ -56,11 +56,12 @@ def config(tmp_path: Path) -> Config:
     return config
 
 
-def complete_filter(config: Config) -> None:
-    """Make a run of which nothing was left to train on."""
-    stage = Stage(config.run_dir, "filter")
-    stage.open({})
-    stage.close(0.0)
+def complete_empty(config: Config) -> None:
+    """Make a run that was trained on nothing new."""
+    for name in ("filter", "train"):
+        stage = Stage(config.run_dir, name)
+        stage.open({})
+        stage.close(0.0, {"previous_run": config.update.previous_run})
 
 
 def filter_run(config: Config) -> Stage:
@@ -121,12 +122,11 @@ def test_what_training_saw_before_the_file_changed_is_counted(config: Config, tm
     later = {"run_dir": str(tmp_path / "later"), "update": Update(previous_run=config.run_dir)}
     later = exact.model_copy(update=later)
     assert count_trained_on(later, asked) is None, "that run has made nothing yet"
-    complete_filter(later)
+    complete_empty(later)
     assert count_trained_on(later, asked) == 1, "training goes on from what it saw"
-    Folder(later.run_dir).write_json("config.json", later.model_dump())
     update = {"run_dir": str(tmp_path / "third"), "update": Update(previous_run=later.run_dir)}
     third = exact.model_copy(update=update)
-    complete_filter(third)
+    complete_empty(third)
     assert count_trained_on(third, asked) == 1, "so it does over several rounds"
     shutil.rmtree(config.run_dir)
     assert count_trained_on(third, asked) is None, "nobody knows what the first round was"

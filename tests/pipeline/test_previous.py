@@ -10,7 +10,7 @@ import pytest
 from pipeline.base_model import BaseModel
 from pipeline.general import ForgottenWriter
 from pipeline.held_out import hold_out
-from pipeline.previous import PreviousRun, previous_settings
+from pipeline.previous import PreviousRun, earlier_runs, previous_settings
 from pipeline.schema import ANSWER, DOCUMENT, PASSAGE, QUESTION, Document, Passage, Question, Rejected, to_table
 from pipeline.store import Stage
 from pipeline.training_data import training_tables
@@ -152,8 +152,9 @@ def test_what_another_passage_is_asked_is_not_forgotten(tmp_path: Path) -> None:
         ({"Mills": ["Mill number 0."], "Barns": ["Mill number 1.", "Mill number 2."]}, []),
         ({"Mills": ["Mill number 0.", "Mill number 1.", "Mill number 2, a red one."]}, []),
         ({}, ["q00", "q01", "q10", "q11", "q20", "q21"]),
+        ({"Barns": ["Another number of a barn."]}, ["q00", "q01", "q10", "q11", "q20", "q21"]),
     ],
-    ids=["another title", "moved", "a file of another name", "all gone"],
+    ids=["another title", "moved", "a file of another name", "all gone", "something else is new"],
 )
 def test_what_still_stands_somewhere_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: dict[str, list[str]], asked: list[str]
@@ -179,6 +180,17 @@ def test_what_still_stands_somewhere_is_not_forgotten(
     Stage(after, "forgotten").open({})
     ForgottenWriter(after, before, make_config(after).answer, engine).do_unit({"name": UNIT})
     assert were_asked == asked
+
+
+def test_two_directories_used_in_turn_are_no_endless_line(tmp_path: Path) -> None:
+    """Each was emptied by --redo when the other one was gone on from."""
+    names = [str(tmp_path / name) for name in ("a", "b", "c")]
+    for run_dir, previous in zip(names, (names[1], names[0], names[1]), strict=True):
+        stage = Stage(run_dir, "train")
+        stage.open({})
+        stage.close(0.0, {"previous_run": previous})
+    config = make_config(names[2], update={"previous_run": names[1]})
+    assert list(earlier_runs(config)) == [names[1], names[0]]
 
 
 def test_a_previous_run_that_cannot_be_gone_on_from_is_named(tmp_path: Path) -> None:

@@ -132,6 +132,19 @@ def text(html: str) -> str:
     return " ".join(re.sub(r"<[^>]+>|&nbsp;", " ", html[html.index("<body>") :]).split())
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "said"),
+    [
+        ({}, "Training never saw them."),
+        ({"trained_on": 0}, "Training never saw them."),
+        ({"trained_on": 3}, "3 of them nearly repeat a question that was trained on"),
+        ({"trained_on": None}, "Whether training saw them is not known"),
+    ],
+)
+def test_it_says_whether_training_saw_the_questions(tmp_path: Path, trained_on: dict[str, Any], said: str) -> None:
+    assert said in text(page(make_run(tmp_path, evaluation() | trained_on)))
+
+
 def test_what_matters_is_in_it(tmp_path: Path) -> None:
     seen = text(page(make_run(tmp_path, evaluation(), "cluster.price_per_hour=2.0", 'evaluate.baselines=["sft"]')))
     for wanted in (

@@ -42,6 +42,15 @@ ENDS = ("closed_book", "adapter", "gold_passage")
         ("It was written in C.", ["C++"], False),
         ("Five percent, or 5.", ["5%"], True),
         ("It got a B.", ["B\u2013", "A"], False),
+        ("It got a B\u2014.", ["B-"], True),
+        ("It was built by Ida.", ["B"], False),
+        ("B) Ida Voss", ["B"], True),
+        ("It is Vitamin-A, or \u201cPlan A\u201d.", ["vitamin A", "x"], True),
+        ("It is in Schedule All.", ["Schedule A"], False),
+        ("\u7b54\u6848\u662f\u6c34", ["\u6c34\u3002"], True),
+        ("\u7b54\u6848\u662f\u6c34\u3002", ["\u3002"], False),
+        ("The train comes at eight.", ["Der Zug kommt um acht an."], False),
+        ("Zug kommt um acht an", ["Der Zug kommt um acht an."], False),
     ],
 )
 def test_substring_match(reply: str, answers: list[str], match: bool) -> None:
