@@ -23,7 +23,6 @@ from pipeline.stage import attempt
 from pipeline.store import Folder, Stage
 
 GENERAL_QUESTIONS = Path(__file__).with_name("general_questions.jsonl")
-REFUSALS = (400, 413, 422)  # of one request, by its content
 GENERAL_TOKENS = 32  # of a reply to a general question: a capital, a number, or that there is no such thing
 
 
@@ -192,46 +191,36 @@ def judge_key() -> str:
 
 def try_judge(judge: Judge, api_key: str) -> None:
     """Raise ValueError unless the model at an endpoint grades."""
-    import openai
-
-    try:
-        _grade(_client(judge, api_key), judge, judge_chat("Who designed the bridge?", ["Ida Voss"], "Ida Voss did."))
-    except openai.OpenAIError as error:
-        raise ValueError(f"evaluate.judge: {judge.model!r} does not grade ({error})") from None
+    chat = judge_chat("Who designed the bridge?", ["Ida Voss"], "Ida Voss did.")
+    grade_remotely(judge, [chat], api_key, refusals=())
 
 
-def grade_remotely(judge: Judge, chats: list[Any], api_key: str) -> list[str]:
+def grade_remotely(
+    judge: Judge, chats: list[Any], api_key: str, refusals: tuple[int, ...] = (400, 413, 422)
+) -> list[str]:
     """Grade through an OpenAI-compatible endpoint, many at a time; the client retries what fails for a while.
 
-    A request that it refuses, as too long or by a filter of its content, gets no grade.
+    A request that it refuses by its content, as too long or filtered, with one of the `refusals`, gets no grade.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     import openai
 
-    client = _client(judge, api_key)
+    client = openai.OpenAI(base_url=judge.url, api_key=api_key, max_retries=5)
 
     def grade(chat: Any) -> str:
         try:
-            return _grade(client, judge, chat)
+            done = client.chat.completions.create(
+                model=str(judge.model), messages=chat, temperature=0, max_tokens=judge.max_tokens
+            )
         except openai.APIStatusError as error:
-            if error.status_code in REFUSALS:
+            if error.status_code in refusals:
                 return ""
             raise
+        return (done.choices[0].message.content or "") if done.choices else ""
 
     try:
         with ThreadPoolExecutor(judge.concurrency) as pool:
             return list(pool.map(grade, chats))
     except openai.OpenAIError as error:
         raise ValueError(f"evaluate.judge: {judge.model!r} does not grade ({error})") from None
-
-
-def _client(judge: Judge, api_key: str) -> Any:
-    import openai
-
-    return openai.OpenAI(base_url=judge.url, api_key=api_key, max_retries=5)
-
-
-def _grade(client: Any, judge: Judge, chat: Any) -> str:
-    done = client.chat.completions.create(model=judge.model, messages=chat, temperature=0, max_tokens=judge.max_tokens)
-    return (done.choices[0].message.content or "") if done.choices else ""

@@ -19,7 +19,7 @@ from pipeline.config import AnswerSection, Config, General
 from pipeline.engine import Completion, Engine, render_chat, render_user_opening
 from pipeline.previous import previous_settings
 from pipeline.prompts import student_chat
-from pipeline.retrieve import SAME_TEXT, PassageIndex, overlap, passage_texts, telling_words
+from pipeline.retrieve import SAME_TEXT, PassageIndex, overlap, telling_words
 from pipeline.schema import REASONS, Rejected, digest, seed_of
 from pipeline.stage import Job
 from pipeline.store import Stage, Unit
@@ -125,9 +125,13 @@ class ForgottenWriter:
         self._passages = Stage(previous_run, "chunk")
         self._questions = Stage(previous_run, "question")
         self._answers = Stage(previous_run, "answer")
-        before = set(map(digest, passage_texts(previous_run)))
-        self._now = set(map(digest, passage_texts(run_dir)))
-        new = [text for text in passage_texts(run_dir) if digest(text) not in before]
+        before = set(map(digest, self._passages.texts()))
+        self._now: set[str] = set()
+        new = []
+        for text in Stage(run_dir, "chunk").texts():
+            self._now.add(key := digest(text))
+            if key not in before:
+                new.append(text)
         self._new = PassageIndex.build(pa.table({"heading": [""] * len(new), "text": new}))
         self._settings = settings
         self._engine = engine

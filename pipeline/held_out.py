@@ -163,15 +163,8 @@ def _untrained_questions(config: Config) -> Iterator[tuple[pa.Table, pa.Table]]:
 def _not_asked_before(chosen: list[tuple[str, str]], previous_run: str, threshold: float) -> list[tuple[str, str]]:
     """Leave out what nearly repeats a question of the previous run, whose adapter may have been trained on it."""
     near = NearQuestions([text for _, text in chosen], threshold)
-    repeated = {index for text in written_texts(previous_run) for index in near.find(text)}
+    repeated = {index for text in Stage(previous_run, "question").texts() for index in near.find(text)}
     return [pair for index, pair in enumerate(chosen) if index not in repeated]
-
-
-def written_texts(run_dir: str) -> Iterator[str]:
-    """Yield the texts of all questions that a run has written, a shard in memory at a time."""
-    questions = Stage(run_dir, "question")
-    for shard in questions.shards():
-        yield from questions.read_shard(shard, ["text"])["text"].to_pylist()
 
 
 def _ids_and_texts(questions: pa.Table) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ For the evaluation also by embeddings, of any sentence-transformers model.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -120,13 +120,6 @@ def passages_of(run_dir: str) -> pa.Table:
     return table.set_column(1, "source", sources)
 
 
-def passage_texts(run_dir: str) -> Iterator[str]:
-    """Yield the texts of all passages of a run, a shard in memory at a time."""
-    passages = Stage(run_dir, "chunk")
-    for shard in passages.shards():
-        yield from passages.read_shard(shard, ["text"])["text"].to_pylist()
-
-
 def overlap(text: str, other: str) -> float:
     """Return the share of the shorter text's words that the other one has, too (Szymkiewicz and Simpson's)."""
     words, others = telling_words(text), telling_words(other)
@@ -136,7 +129,7 @@ def overlap(text: str, other: str) -> float:
 @lru_cache(8)  # a text stands beside many others
 def telling_words(text: str) -> frozenset[str]:
     """Return its words without stop words and, where a script puts no spaces, its pairs of letters."""
-    return frozenset(normalise(_UNSPACED_RUN.sub(_pair_letters, text)).split()) - STOPWORDS
+    return frozenset(normalise(_pair_letters(text)).split()) - STOPWORDS
 
 
 @lru_cache(1)
@@ -154,7 +147,7 @@ def _texts(passages: pa.Table) -> list[str]:
 
 def _words(texts: list[str]) -> list[list[str]]:
     words: Any = bm25s.tokenize(
-        [_UNSPACED_RUN.sub(_pair_letters, text) for text in texts],
+        [_pair_letters(text) for text in texts],
         stopwords="en",
         stemmer=Stemmer.Stemmer("english"),
         return_ids=False,
@@ -163,5 +156,5 @@ def _words(texts: list[str]) -> list[list[str]]:
     return words
 
 
-def _pair_letters(run: Any) -> str:
-    return f" {' '.join(map(''.join, pairwise(_LETTER.findall(run[0]))))} "
+def _pair_letters(text: str) -> str:
+    return _UNSPACED_RUN.sub(lambda run: f" {' '.join(map(''.join, pairwise(_LETTER.findall(run[0]))))} ", text)

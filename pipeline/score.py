@@ -75,18 +75,14 @@ def _compared(answer: str, reply: str) -> tuple[str, str]:
     short = normalise_answer(answer)
     if not _LETTER.fullmatch(short) and not _TELLING_END.search(answer):
         return short, normalise_answer(reply)
-    symbols = _SYMBOLS & set(_unify(answer))
+    answer, reply = (_DASH.sub("-", unicodedata.normalize("NFKC", text)) for text in (answer, reply))
+    symbols = _SYMBOLS & set(answer)
     wanted, said = (
-        " ".join(_PUNCTUATION.sub(lambda m: m[0] if m[0] in symbols else " ", _unify(text)).split())
-        for text in (answer, reply)
+        " ".join(_PUNCTUATION.sub(lambda m: m[0] if m[0] in symbols else " ", text).split()) for text in (answer, reply)
     )
     if wanted != "A" and not _ARTICLE.sub("", wanted.lower()).strip():
         return "", said
     return (f" {wanted} ", f" {said} ") if len(wanted) == 1 else (f" {wanted.lower()} ", f" {said.lower()} ")
-
-
-def _unify(text: str) -> str:
-    return _DASH.sub("-", unicodedata.normalize("NFKC", text))
 
 
 def substring_match(reply: str, answers: Sequence[str]) -> bool:

@@ -317,6 +317,11 @@ class Stage:
         """Return the names of the committed shards, in order."""
         return [shard for unit in self.units() for shard in unit.shards]
 
+    def texts(self) -> Iterator[str]:
+        """Yield the text of every row, a shard in memory at a time."""
+        for shard in self.shards():
+            yield from self.read_shard(shard, ["text"])["text"].to_pylist()
+
     @_again
     def read_shard(self, name: str, columns: list[str] | None = None) -> pa.Table:
         filesystem, path = open_uri((self.folder / "data").uri)

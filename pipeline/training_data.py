@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pipeline.config import Config
 from pipeline.engine import load_tokenizer
 from pipeline.general import FORGOTTEN, HELD_OUT
-from pipeline.held_out import NearQuestions, hold_out, written_texts
+from pipeline.held_out import NearQuestions, hold_out
 from pipeline.previous import PreviousRun
 from pipeline.prompts import titled
 from pipeline.reading import READING
@@ -61,7 +61,7 @@ def _removed_answers(config: Config) -> Iterator[pa.Table]:
 
     Not to those that another passage still answers, nor to those that evaluation asks.
     """
-    asked = [*written_texts(config.run_dir), *hold_out(config).texts]
+    asked = [*Stage(config.run_dir, "question").texts(), *hold_out(config).texts]
     near = NearQuestions(asked, config.evaluate.near_duplicate_threshold)
     forgotten = Stage(config.run_dir, FORGOTTEN)
     questions = Stage(str(config.update.previous_run), "question")
